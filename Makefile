@@ -1,0 +1,50 @@
+# make demo | test | check | bench | peers DIFFUSERS=<checkout>; every one builds the virtual environment it needs.
+VENV   ?= .venv
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+            $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CLIP   ?= demo/clip.mp4
+PROMPT ?= a red circle moving right on a gray background
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check bench peers checkout clean
+
+demo: $(VENV)/.base
+	$(BIN)/stg-engine generate --compare --force --out $(CLIP) --prompt "$(PROMPT)"
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+peers: checkout $(VENV)/.peers
+	$(BIN)/python tests/peers/run.py "$(DIFFUSERS)" $(ARGS)
+
+checkout:
+	@test -d "$(DIFFUSERS)/tests/pipelines/ltx" || { echo "make peers DIFFUSERS=<a checkout of diffusers>" >&2; exit 2; }
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info
+
+# A changed pin or dependency, or a virtual environment that no longer starts, builds a new one.
+ifneq ($(shell { $(BIN)/python -c 'print("starts")'; } 2>/dev/null),starts)
+$(shell rm -f $(VENV)/.base)
+endif
+
+$(VENV)/.base: constraints.txt pyproject.toml setup.py
+	@test -n "$(PYTHON)" || { echo "stg_engine needs Python 3.11 or newer" >&2; exit 2; }
+	@echo "installing into $(VENV) (minutes the first time)"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test $(VENV)/.dev $(VENV)/.peers: $(VENV)/.%: $(VENV)/.base
+	$(PIP) -e '.[$*]'
+	@touch $@

@@ -1,0 +1,25 @@
+"""Spatiotemporal Skip Guidance for video diffusion: cond, uncond and skip passes as rows of one forward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stg_engine.config import ScheduleEntry, Skip, STGConfig, STGSchedule
+from stg_engine.plan import Plan
+
+if TYPE_CHECKING:
+    from stg_engine.denoiser import Denoiser
+    from stg_engine.pipeline import Engine, attach
+
+__version__ = "0.1.0"
+__all__ = ["Denoiser", "Engine", "Plan", "STGConfig", "STGSchedule", "ScheduleEntry", "Skip", "attach"]
+
+_LAZY = {"Denoiser": "stg_engine.denoiser", "Engine": "stg_engine.pipeline", "attach": "stg_engine.pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

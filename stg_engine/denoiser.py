@@ -1,0 +1,313 @@
+"""A transformer and a config -> the guided prediction, for loops of your own and for `stg_engine.attach`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stg_engine import guidance
+from stg_engine.config import StepGuidance, STGConfig
+from stg_engine.models import spec_of
+from stg_engine.once import Memo, OncePerPrompt, OncePerStep, PerRow, TimeEmbedding, weights_fingerprint
+from stg_engine.plan import Plan, Plans, build_plans, check_layers
+from stg_engine.presets import PRESETS
+from stg_engine.rows import BlockHook, Run, SelfAttentionHook, Slot, install, is_installed, remove
+
+EXECUTIONS = ("batched", "serial")
+KERNELS = ("auto", "off")
+Inputs = Mapping[str, Any]
+
+
+class Denoiser:
+    """Guided predictions of a transformer whose branches run as rows of one forward.
+
+    transformer  a supported diffusers transformer, in eval mode; hooked until `detach()`, never replaced
+    config       an `STGConfig`; None takes the preset published for the model
+    execution    "batched": all rows of a block at once; "serial": a block row by row, least memory, every branch bitwise
+                 equal to its pass run alone on that video
+    max_rows     at most this many rows at once; serial is max_rows=1
+    kernels      "auto": fused kernels where they exist for family and device; "off": the modules as they are
+
+    Raises `TypeError` for an unknown transformer, `ValueError` for a setting that the model does not have, and for a
+    transformer that is hooked already. One thread at a time; each thread needs a transformer and a Denoiser of its own.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        config: STGConfig | None = None,
+        *,
+        execution: str = "batched",
+        max_rows: int | None = None,
+        kernels: str = "auto",
+    ) -> None:
+        if hasattr(transformer, "_orig_mod"):
+            raise TypeError("transformer is a torch.compile module; hook the module that was compiled, transformer._orig_mod")
+        self.spec = spec_of(transformer)
+        self.transformer = transformer
+        self.blocks = self.spec.block_list(transformer)
+        self.config = self._published() if config is None else config
+        self.max_rows = _max_rows(execution, max_rows)
+        self.execution, self.kernels = execution, kernels
+        if kernels not in KERNELS:
+            raise ValueError(f"kernels={kernels!r} is not allowed; choose one of {', '.join(map(repr, KERNELS))}")
+        self._check_config()
+        if is_installed(self.blocks[0]):
+            raise ValueError("transformer has a Denoiser already; detach it first")
+        self.memo = Memo()
+        self.differences: dict[str, Tensor] = {}
+        self._slot = Slot()
+        self._plans: dict[tuple[StepGuidance, bool], Plan] = {}
+        self._fingerprint: Any = None
+        self._hooked: list[nn.Module] = []
+        self._install()
+
+    def __call__(
+        self,
+        shared: Inputs,
+        cond: Inputs,
+        uncond: Inputs | None = None,
+        *,
+        guidance_scale: float | None = None,
+        progress: float | None = None,
+        sigma: float | None = None,
+    ) -> Any:
+        """`u + g (c - u) + sum_i s_i (c - p_i)` and the rescale, in the shape and dtype of the transformer's own output.
+
+        shared          the transformer's keyword arguments that all branches have in common (B videos)
+        cond, uncond    those that depend on the prompt; without uncond the result is `c + sum_i s_i (c - p_i)`
+        guidance_scale  g; needed with uncond, not allowed without it (except 1)
+        progress        step index / number of steps, in [0, 1); needed if the config has start or stop
+        sigma           noise level of this step, 1 is pure noise; needed if the config has a schedule
+        """
+        step = self.config.at(progress, sigma)
+        guidance_scale = step.guidance_scale if step.guidance_scale is not None else guidance_scale
+        if uncond is not None and guidance_scale is None:
+            raise ValueError("guidance_scale=None is not allowed with uncond; pass g of u + g (c - u)")
+        if uncond is None and guidance_scale not in (None, 1, 1.0):
+            raise ValueError(f"guidance_scale={guidance_scale} needs uncond, which is None")
+        outputs = self.predict(step, shared, cond, uncond)
+        scale = 1.0 if guidance_scale is None else guidance_scale
+        return _map(lambda branches: self.combine(step, branches, scale).to(branches["cond"].dtype), outputs)
+
+    def branches(
+        self,
+        shared: Inputs,
+        cond: Inputs,
+        uncond: Inputs | None = None,
+        *,
+        progress: float | None = None,
+        sigma: float | None = None,
+    ) -> Any:
+        """The predictions themselves, {"cond": ..., "uncond": ..., "skip": ..., "skip2": ...}, before they are combined."""
+        return self.predict(self.config.at(progress, sigma), shared, cond, uncond)
+
+    def plan(self, step: StepGuidance, *, uncond: bool = True) -> Plan:
+        """Rows per block for one step's guidance."""
+        key = (step, uncond)
+        if key not in self._plans:
+            self._plans[key] = Plan.build(step, len(self.blocks), uncond=uncond, **self._plan_options())
+        return self._plans[key]
+
+    def plans(self, guidance_scale: float | None = None) -> Plan | Plans:
+        """The plan of the config while its skips are on, with uncond unless `guidance_scale` <= 1; per entry of a schedule."""
+        if self.config.schedule is not None:
+            return build_plans(self.config, len(self.blocks), guidance_scale=guidance_scale, **self._plan_options())
+        uncond = guidance_scale is None or guidance_scale > 1
+        return Plan.build(self.config, len(self.blocks), uncond=uncond, **self._plan_options())
+
+    def release(self) -> None:
+        """Drop what is kept from step to step: prompt keys and values, caption projection."""
+        self.memo.clear()
+        self._fingerprint = None
+
+    def detach(self) -> None:
+        """Take all hooks off; the transformer is as it was. Safe to call twice."""
+        self.release()
+        while self._hooked:
+            remove(self._hooked.pop())
+        self._forget_child_registries()
+
+    def __enter__(self) -> Denoiser:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def predict(
+        self,
+        step: StepGuidance,
+        shared: Inputs,
+        cond: Inputs,
+        uncond: Inputs | None,
+        forward: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Run the branches of one step; `forward` stands in for the transformer's own (a hook's inner forward)."""
+        if not self._hooked:
+            raise RuntimeError("this Denoiser is detached; make a new one")
+        forward = self.transformer if forward is None else forward
+        videos = self._check_inputs(shared, cond, uncond)
+        plan = self.plan(step, uncond=uncond is not None)
+        names = tuple(branch.name for branch in plan.branches)
+        if not step.skips:
+            arguments = {**self._rows(shared, len(names)), **self._prompt_rows(cond, uncond, names)}
+            return self._by_branch(forward(**arguments, return_dict=False), names)
+        self._refuse_feature_cache()
+        try:
+            self._drop_if_weights_changed()
+            self._slot.run = Run(plan, self.spec, videos, self.max_rows)
+            prompt = self._remembered_prompt_rows(cond, uncond, names)
+            outputs = self._by_branch(forward(**self._rows(shared, len(names)), **prompt, return_dict=False), names)
+        except BaseException:
+            self.release()
+            raise
+        finally:
+            self._slot.run = None
+        self._note_differences(step, outputs)
+        return outputs
+
+    def combine(self, step: StepGuidance, branches: Mapping[str, Tensor], guidance_scale: float, rescale: float = 0.0) -> Tensor:
+        """`guidance.combine` with this config's conventions; float32. `rescale` stands in where the step has none."""
+        return guidance.combine(
+            branches["cond"],
+            branches.get("uncond"),
+            [(branches[name], skip.scale) for name, skip in zip(step.names, step.skips, strict=True)],
+            guidance_scale=guidance_scale,
+            rescale=step.rescale or rescale,
+            cfg_star=self.config.cfg_star,
+            rescale_over=self.config.rescale_over,
+            arithmetic=self.config.arithmetic,
+        )
+
+    def _by_branch(self, outputs: tuple[Tensor, ...], names: tuple[str, ...]) -> Any:
+        branches = tuple(dict(zip(names, output.chunk(len(names)), strict=True)) for output in outputs)
+        return branches if len(branches) > 1 else branches[0]
+
+    def _note_differences(self, step: StepGuidance, outputs: Any) -> None:
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        for name in step.names:
+            if name not in self.differences:
+                self.differences[name] = guidance.largest_difference(first["cond"], first[name])
+
+    def _rows(self, shared: Inputs, branches: int) -> dict[str, Any]:
+        rows = {name: value for name, value in shared.items() if name in self.spec.latents and value is not None}
+        repeated = {name: value.repeat(branches, *[1] * (value.ndim - 1)) for name, value in rows.items()}
+        return {**shared, **repeated}
+
+    def _prompt_rows(self, cond: Inputs, uncond: Inputs | None, names: tuple[str, ...]) -> dict[str, Any]:
+        sources = [uncond if name == "uncond" else cond for name in names]
+        return {name: None if cond[name] is None else torch.cat([s[name] for s in sources]) for name in cond}
+
+    def _remembered_prompt_rows(self, cond: Inputs, uncond: Inputs | None, names: tuple[str, ...]) -> dict[str, Any]:
+        rows = {}
+        for name, value in cond.items():
+            sources = [uncond if branch == "uncond" else cond for branch in names]
+            inputs = (value,) if uncond is None else (value, uncond[name])
+            tensors = [source[name] for source in sources]
+            rows[name] = None if value is None else self.memo.get((name, names), inputs, lambda t=tensors: torch.cat(t))
+        return rows
+
+    def _drop_if_weights_changed(self) -> None:
+        paths = self.spec.once_per_prompt
+        modules = [self.transformer.get_submodule(path) for path in paths]
+        modules += [block.get_submodule(path) for block in self.blocks for path in self.spec.once_per_prompt_in_block]
+        fingerprint = weights_fingerprint(modules)
+        if fingerprint != self._fingerprint:
+            self.memo.clear()
+            self._fingerprint = fingerprint
+
+    def _check_inputs(self, shared: Inputs, cond: Inputs, uncond: Inputs | None) -> int:
+        known = inspect.signature(type(self.transformer).forward).parameters
+        for field, inputs in (("shared", shared), ("cond", cond), ("uncond", uncond or {})):
+            for name in inputs:
+                if name not in known or name in ("self", "return_dict"):
+                    raise ValueError(f"{field} holds {name!r}, which is not an argument of {type(self.transformer).__name__}")
+                if (name in self.spec.prompt) == (field == "shared"):
+                    where = "cond and uncond" if field == "shared" else "shared"
+                    raise ValueError(f"{field} holds {name!r}; it belongs in {where}")
+        if uncond is not None and set(uncond) != set(cond):
+            raise ValueError(f"uncond holds {sorted(uncond)}; it must hold what cond holds, {sorted(cond)}")
+        videos = shared[self.spec.latents[0]].shape[0]
+        for field, inputs in (("shared", shared), ("cond", cond), ("uncond", uncond or {})):
+            for name, value in inputs.items():
+                if isinstance(value, Tensor) and name in (*self.spec.latents, *self.spec.prompt) and len(value) != videos:
+                    raise ValueError(f"{field}[{name!r}] has {len(value)} rows; {self.spec.latents[0]} has {videos}")
+                if field == "uncond" and isinstance(value, Tensor) and value.shape != cond[name].shape:
+                    raise ValueError(
+                        f"uncond[{name!r}] has shape {tuple(value.shape)}, cond has {tuple(cond[name].shape)}; "
+                        "pad the prompts to one length and pass their masks"
+                    )
+        return videos
+
+    def _check_config(self) -> None:
+        if not isinstance(self.config, STGConfig):
+            raise TypeError(f"config={self.config!r} is not allowed; it must be an STGConfig")
+        for skip in self.config.skips:
+            check_layers(skip, len(self.blocks))
+            if skip.axis is not None:
+                raise ValueError(f"axis={skip.axis!r} is not allowed: {self.spec.family} has no factorised attention")
+
+    def _published(self) -> STGConfig:
+        name = self.spec.presets.get(len(self.blocks))
+        if name is None:
+            raise ValueError(
+                f"config=None is not allowed: no preset was published for {self.spec.family} with {len(self.blocks)} blocks"
+            )
+        return PRESETS[name].config
+
+    def _plan_options(self) -> dict[str, Any]:
+        return {"prompt_block": self.spec.prompt_block, "shares_attention": self.spec.shares_attention}
+
+    def _refuse_feature_cache(self) -> None:
+        if getattr(self.transformer, "is_cache_enabled", False):
+            raise RuntimeError(
+                "a diffusers feature cache is enabled on the transformer; it keeps residuals of a fixed batch and mixes up "
+                "branches whose rows come and go. Call transformer.disable_cache(), or set scale=0.0"
+            )
+
+    def _install(self) -> None:
+        hooks: list[tuple[nn.Module, Any]] = []
+        for path, arguments in self.spec.once_per_step.items():
+            hooks.append((self.transformer.get_submodule(path), OncePerStep(self._slot, arguments)))
+        if self.spec.time_embedding is not None:
+            hooks.append((self.transformer.get_submodule(self.spec.time_embedding), TimeEmbedding(self._slot)))
+        for path in self.spec.once_per_prompt:
+            hooks.append((self.transformer.get_submodule(path), OncePerPrompt(self._slot, self.memo)))
+        for path in self.spec.per_row:
+            hooks.append((self.transformer.get_submodule(path), PerRow(self._slot)))
+        for index, block in enumerate(self.blocks):
+            hooks.append((block, BlockHook(self._slot, index)))
+            hooks.append((block.get_submodule(self.spec.self_attention), SelfAttentionHook(self._slot, index)))
+            for path in self.spec.once_per_prompt_in_block:
+                hooks.append((block.get_submodule(path), OncePerPrompt(self._slot, self.memo)))
+        try:
+            for module, hook in hooks:
+                install(module, hook)
+                self._hooked.append(module)
+        except BaseException:
+            self.detach()
+            raise
+        self._forget_child_registries()
+
+    def _forget_child_registries(self) -> None:
+        registry = getattr(self.transformer, "_diffusers_hook", None)
+        if registry is not None:
+            registry.invalidate_child_registries_cache()
+
+
+def _max_rows(execution: str, max_rows: int | None) -> int | None:
+    if execution not in EXECUTIONS:
+        raise ValueError(f"execution={execution!r} is not allowed; choose one of {', '.join(map(repr, EXECUTIONS))}")
+    if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
+        raise ValueError(f"max_rows={max_rows!r} is not allowed; it must be an integer of at least 1, or None")
+    if execution == "serial" and max_rows not in (None, 1):
+        raise ValueError(f"max_rows={max_rows} is not allowed with execution='serial', which runs one row at a time")
+    return 1 if execution == "serial" else max_rows
+
+
+def _map(function: Callable[[Mapping[str, Tensor]], Tensor], outputs: Any) -> Any:
+    return tuple(map(function, outputs)) if isinstance(outputs, tuple) else function(outputs)

@@ -1,0 +1,289 @@
+"""`stg-engine generate`: a prompt becomes a clip, a contact sheet and a metadata file, all of them or none."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+import stg_engine
+from stg_engine import demo, env, media
+from stg_engine.compare import Comparison, compare, recorded_steps, steps_of, synchronize
+from stg_engine.config import STGConfig
+from stg_engine.plan import Plan, Plans
+from stg_engine.reference import recorded_calls
+from stg_engine.settings import Model, Setting, choose_setting, find_model
+
+# The divisor that LTX pipelines demand of height and width whatever the VAE.
+_SIDE = 32
+_CALL = {
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+    "fps": "frame_rate",
+    "steps": "num_inference_steps",
+}
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of the command; None takes the model's default."""
+
+    prompt: str
+    out: str
+    negative_prompt: str | None = None
+    model: str | None = None
+    preset: str | None = None
+    stg_layers: tuple[int, ...] | None = None
+    stg_scale: float | None = None
+    stg_mode: str | None = None
+    rescale: float | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    steps: int | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    execution: str = "batched"
+    max_rows: int | None = None
+    compare: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One run of the pipeline: uint8 [F, H, W, 3], and the seconds of its steps but the first, which warms up."""
+
+    label: str
+    frames: np.ndarray
+    seconds: float
+    step_seconds: list[float]
+    report: str = ""
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median; None for a run of one step."""
+        return median(self.step_seconds) if self.step_seconds else None
+
+
+def generate(request: Request, warn: Warn) -> str:
+    """Run the request and write its files; returns what to tell the user.
+
+    ValueError or TypeError for what is wrong with the request, mostly before anything is computed; FloatingPointError
+    for a clip of NaN. After any exception there is no new file.
+    """
+    paths = media.output_paths(request.out)
+    media.check_writable(paths, request.force)
+    if not request.prompt.strip():
+        raise ValueError(f"prompt={request.prompt!r} is empty; say what the clip shows")
+    model = find_model(request.model)
+    if model.source is None:
+        raise ValueError(f"model={model.name!r} is a published shape without weights; name a folder or a hub id")
+    setting = choose_setting(model, request)
+    plan = setting.plan(model)
+    if request.compare and setting.config is None:
+        raise ValueError("compare: without a skip branch (--stg-scale 0) there is nothing to compare")
+    if request.negative_prompt and setting.guidance_scale <= 1:
+        warn(f"the negative prompt has no effect at guidance scale {setting.guidance_scale:g}; it needs more than 1")
+
+    device = _device(request.device)
+    dtype = _dtype(request.dtype, device)
+    pipe = _load(model, device, dtype)
+    size = _size(request, model, pipe)
+    if model.is_shipped:
+        _warn_of_unknown_words(pipe.tokenizer, f"{request.prompt} {request.negative_prompt or ''}", warn)
+
+    clips, comparison = _run_all(pipe, model, setting, request, size)
+    if comparison is not None and not comparison.is_equal:
+        warn("the engine's prediction differs from that of plain passes by more than rounding; please report this")
+    metadata = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **{name: value for name, value in asdict(request).items() if name in ("prompt", "negative_prompt", "seed")},
+        **size,
+        "model": model.name,
+        "preset": setting.preset,
+        "guidance_scale": setting.guidance_scale,
+        "stg": None if setting.config is None else asdict(setting.config),
+        "execution": request.execution,
+        "max_rows": request.max_rows,
+        "plan": _describe_plan(plan),
+        "device": str(device),
+        "device_name": env.device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {"stg_engine": stg_engine.__version__, **env.versions()},
+        "environment": env.variables(),
+        "runs": [
+            {"label": clip.label, "seconds": clip.seconds, "seconds_per_step": clip.seconds_per_step} for clip in clips
+        ],
+        "seconds": clips[-1].seconds,
+        "seconds_per_step": clips[-1].seconds_per_step,
+        "report": clips[-1].report,
+        "compare": None if comparison is None else {**asdict(comparison), "speedup": comparison.speedup},
+    }
+    _write(paths, request.force, clips, metadata)
+    return _summary(paths, plan, clips, comparison, f"{device} {dtype}")
+
+
+def _run_all(
+    pipe: Any, model: Model, setting: Setting, request: Request, size: dict[str, int]
+) -> tuple[list[Clip], Comparison | None]:
+    """The clips in the order of the contact sheet's rows, the one asked for last; and the comparison if asked for."""
+    g, config = setting.guidance_scale, setting.config
+    if not request.compare or config is None:
+        return [_run(pipe, request, size, _label(setting), config, g)], None
+    clips = [_run(pipe, request, size, "no guidance", None, 1.0)]
+    if g > 1:
+        clips.append(_run(pipe, request, size, f"CFG {g:g}", None, g))
+    sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas]  # set by the runs above, whose steps are the same
+    with recorded_calls(pipe.transformer, recorded_steps(config, size["steps"], sigmas)) as calls:
+        clips.append(_run(pipe, request, size, _label(setting), config, g))
+    steps = steps_of(model.spec, calls, size["steps"], sigmas, g)
+    engine = {"execution": request.execution, "max_rows": request.max_rows}
+    return clips, compare(pipe.transformer, config, steps, **engine)
+
+
+def _run(
+    pipe: Any, request: Request, size: dict[str, int], label: str, config: STGConfig | None, guidance_scale: float
+) -> Clip:
+    """One call of the pipeline, with the engine attached if there is a config."""
+    device = pipe._execution_device
+    ticks: list[float] = []
+
+    def tick(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        synchronize(device)
+        ticks.append(time.perf_counter())
+        return {}
+
+    pipe.set_progress_bar_config(desc=" ".join(label.split()), disable=None)  # None: only where stderr is a terminal
+    engine = (
+        nullcontext()
+        if config is None
+        else stg_engine.attach(pipe, config, execution=request.execution, max_rows=request.max_rows)
+    )
+    start = time.perf_counter()
+    with engine:
+        frames = pipe(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(request.seed),  # the same noise on every device
+            output_type="np",
+            callback_on_step_end=tick,
+            **{argument: size[name] for name, argument in _CALL.items()},
+        ).frames[0]
+        report = "" if config is None else str(engine.report())
+    seconds = time.perf_counter() - start
+    step_seconds = [after - before for before, after in pairwise(ticks)]
+    return Clip(label, media.to_uint8(frames), seconds, step_seconds, report)
+
+
+def _load(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
+    """The pipeline on `device`. ValueError if it cannot be loaded."""
+    transformers.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model.source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={model.name!r} cannot be loaded as a pipeline: {error}") from error
+    return pipe.to(device)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        count = torch.cuda.device_count()
+        known = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        raise ValueError(f"device={name!r} is not available; here: {known}") from error
+    return device
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
+
+
+def _size(request: Request, model: Model, pipe: Any) -> dict[str, int]:
+    """height, width, frames, fps, steps: the request's, else the model's. ValueError if the pipeline cannot make it."""
+    signature = inspect.signature(pipe.__call__).parameters
+    shipped = asdict(demo.SETTING) if model.is_shipped else {}
+    size = {}
+    for name, argument in _CALL.items():
+        value = getattr(request, name)
+        size[name] = value if value is not None else shipped.get(name, signature[argument].default)
+    side = math.lcm(_SIDE, pipe.vae_spatial_compression_ratio * pipe.transformer_spatial_patch_size)
+    for name in ("height", "width"):
+        if size[name] % side:
+            raise ValueError(f"{name}={size[name]} is not allowed; it must be a multiple of {side}")
+    group = pipe.vae_temporal_compression_ratio * pipe.transformer_temporal_patch_size
+    if (size["frames"] - 1) % group:
+        raise ValueError(f"frames={size['frames']} is not allowed; it must be a multiple of {group} plus 1")
+    return size
+
+
+def _warn_of_unknown_words(tokenizer: Any, text: str, warn: Warn) -> None:
+    def is_unknown(word: str) -> bool:
+        return tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
+
+    unknown = list(dict.fromkeys(filter(is_unknown, text.split())))
+    if unknown:
+        pieces = (piece.lstrip("▁") for piece in tokenizer.get_vocab() if piece not in tokenizer.all_special_tokens)
+        known = ", ".join(sorted(filter(None, pieces)))
+        warn(f"the shipped model does not know {', '.join(map(repr, unknown))}; it knows: {known}")
+
+
+def _label(setting: Setting) -> str:
+    g, config = setting.guidance_scale, setting.config
+    cfg = f"CFG {g:g}" if g > 1 else ""
+    if config is None:
+        return cfg or "no guidance"
+    if config.schedule is not None:
+        return f"CFG + STG\n{setting.preset or 'schedule'}"
+    scales = " + ".join(f"STG {skip.scale:g}" for skip in config.skips)
+    layers = "; ".join(f"{skip.mode}, {','.join(map(str, skip.layers))}" for skip in config.skips)
+    return f"{cfg} + {scales}\n{layers}" if cfg else f"{scales}\n{layers}"
+
+
+def _describe_plan(plan: Plan | Plans) -> dict[str, Any]:
+    cost = [p.pass_equivalents for p in plan] if isinstance(plan, Plans) else plan.pass_equivalents
+    return {"text": str(plan), "pass_equivalents": cost}
+
+
+def _write(paths: list[Path], force: bool, clips: list[Clip], metadata: dict[str, Any]) -> None:
+    with media.all_or_nothing(paths, force) as (mp4, png, data):
+        height, width = media.write_mp4(mp4, clips[-1].frames, metadata["fps"])
+        title = f"{metadata['prompt']} (seed {metadata['seed']}, {metadata['steps']} steps)"
+        media.contact_sheet([(clip.label, clip.frames) for clip in clips], title).save(png, format="PNG")
+        media.write_json(data, {**metadata, "mp4": {"height": height, "width": width}})
+
+
+def _summary(
+    paths: list[Path], plan: Plan | Plans, clips: list[Clip], comparison: Comparison | None, where: str
+) -> str:
+    lines = [str(plan), ""]
+    for clip in clips:
+        step = "" if clip.seconds_per_step is None else f", {clip.seconds_per_step:.4f} s per step"
+        lines.append(f"{' '.join(clip.label.split())}: {clip.seconds:.1f} s{step}")
+    lines[-1] += f" ({where})"
+    if comparison is not None:
+        lines.append(str(comparison))
+    return "\n".join([*lines, f"wrote {', '.join(map(str, paths))}"])

@@ -1,0 +1,39 @@
+"""LTX-Video 2B and 13B (diffusers `LTXVideoTransformer3DModel`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stg_engine.models.base import ModelSpec, register
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def value_passthrough(attention: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Self-attention whose map is the identity: `to_out(to_v(x))`, [R, S, C] -> [R, S, C] (arXiv 2411.18664 Eq. 17)."""
+    projection, dropout = attention.to_out
+    return dropout(projection(attention.to_v(hidden_states)))
+
+
+LTX_VIDEO = register(
+    ModelSpec(
+        family="LTX-Video",
+        transformer="LTXVideoTransformer3DModel",
+        blocks=("transformer_blocks",),
+        latents=("hidden_states", "timestep", "video_coords"),
+        prompt=("encoder_hidden_states", "encoder_attention_mask"),
+        streams=("hidden_states",),
+        block_rows=("encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"),
+        self_attention="attn1",
+        attention_rows=("hidden_states", "image_rotary_emb"),
+        value_passthrough=value_passthrough,
+        shares_attention=True,
+        once_per_step={"proj_in": ("input",), "rope": ("hidden_states", "video_coords")},
+        time_embedding="time_embed",
+        once_per_prompt=("caption_projection",),
+        once_per_prompt_in_block=("attn2.to_k", "attn2.norm_k", "attn2.to_v"),
+        per_row=("proj_out",),
+        presets={28: "ltx-video-2b", 48: "ltx-video-13b"},
+    )
+)

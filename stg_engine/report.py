@@ -1,0 +1,71 @@
+"""What ran: plan, kernels, seconds, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from stg_engine.plan import Plan, Plans
+
+
+@dataclass
+class Report:
+    """Of one denoising loop. `str()` of it is for people.
+
+    guided_steps  steps with skip branches; the others are plain diffusers
+    seconds       wall clock of the loop, the device waited for at its end
+    peak_bytes    largest memory allocated on the CUDA device since the loop began, None elsewhere
+    differences   per skip branch: max |c - p| in its first step; 0 means that the skip changes nothing
+    """
+
+    family: str
+    plan: Plan | Plans
+    execution: str
+    kernels: str
+    attention: str
+    device: str
+    dtype: str
+    steps: int = 0
+    guided_steps: int = 0
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+    differences: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [str(self.plan), ""]
+        per_step = f", {self.seconds / self.steps:.3g} s per step" if self.steps else ""
+        lines.append(f"steps      {self.steps}, {self.guided_steps} with skip branches; {self.seconds:.3g} s{per_step}")
+        lines.append(f"execution  {self.execution} on {self.device}, {self.dtype}")
+        lines.append(f"kernels    {self.kernels}; attention: {self.attention}")
+        if self.peak_bytes is not None:
+            lines.append(f"memory     {self.peak_bytes / 2**20:.0f} MiB at the peak")
+        for name, value in self.differences.items():
+            note = "" if value > 0 else ": this skip changes nothing, its rows are computed for no effect"
+            lines.append(f"{name:<9}  max |c - p| = {value:.3g} in its first step{note}")
+        return "\n".join(lines)
+
+
+def attention_backend(attention: nn.Module) -> str:
+    """Name of the diffusers backend that a self-attention module dispatches to."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    backend = getattr(getattr(attention, "processor", None), "_attention_backend", None)
+    if backend is None:
+        backend = _AttentionBackendRegistry.get_active_backend()[0]
+    return f"diffusers {getattr(backend, 'value', backend)}"
+
+
+def new_report(denoiser, plan: Plan | Plans) -> Report:
+    """An empty report of a `Denoiser`."""
+    weight = next(denoiser.transformer.parameters())
+    return Report(
+        family=denoiser.spec.family,
+        plan=plan,
+        execution=denoiser.execution if denoiser.max_rows in (None, 1) else f"at most {denoiser.max_rows} rows at once",
+        kernels="modules as they are",
+        attention=attention_backend(denoiser.blocks[0].get_submodule(denoiser.spec.self_attention)),
+        device=torch.cuda.get_device_name(weight.device) if weight.is_cuda else str(weight.device),
+        dtype=str(weight.dtype).removeprefix("torch."),
+    )

@@ -1,0 +1,242 @@
+"""Narrow and widen rows at block borders: the block hook, and the state of one guided forward.
+
+The transformer runs with rows for all branches, [K * B, ...] in the plan's order. In front of block b the hook keeps the
+rows that `plan.rows[b]` names, copies a branch's rows from its parent where it forks, and sets aside the rows of a branch
+that a residual skip passes through; behind the last block all rows are back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
+
+from stg_engine.plan import Plan
+
+Forward = Callable[..., Any]
+Row = tuple[str, int]
+"""(branch, video)"""
+
+
+@dataclass
+class Slot:
+    """What the hooks of one transformer share: the guided forward in progress, or None: then every hook steps aside."""
+
+    run: Run | None = None
+
+
+class Run:
+    """One guided forward.
+
+    plan       rows per block
+    spec       the family's `ModelSpec`
+    videos     B
+    max_rows   rows that a module gets at once; None: all of them
+    """
+
+    def __init__(self, plan: Plan, spec: Any, videos: int, max_rows: int | None) -> None:
+        self.plan, self.spec, self.videos, self.max_rows = plan, spec, videos, max_rows
+        self.names = tuple(branch.name for branch in plan.branches)
+        self._live = self.names
+        self._states: dict[str, tuple[tuple[Tensor, ...], int]] = {}
+        self._taken: dict[tuple[int, tuple[str, ...]], tuple[Any, Any]] = {}
+        self._current: list[Row] = []
+        self._attended: dict[Row, Tensor] = {}
+
+    def block(self, index: int, forward: Forward, arguments: dict[str, Any]) -> Any:
+        """Run block `index` on the rows that the plan gives it; returns what the module returns, with those rows."""
+        self._receive(index, tuple(arguments[name] for name in self.spec.streams))
+        names = self.plan.rows[index]
+        inputs = self._streams(names)
+        self._states = {name: self._source(name) for name in self.plan.passing(index)}
+        arguments = dict(arguments)
+        for name in self.spec.block_rows:
+            arguments[name] = self._take(arguments.get(name), names)
+        arguments.update(zip(self.spec.streams, inputs, strict=True))
+        rows = [(name, video) for name in names for video in range(self.videos)]
+        outputs = self._in_chunks(forward, arguments, rows)
+        self._attended.clear()
+        self._live = names
+        if index == self.plan.num_blocks - 1:
+            self._receive(index + 1, outputs)
+            outputs = self._streams(self.names)
+            self._states.clear()
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _in_chunks(self, forward: Forward, arguments: dict[str, Any], rows: list[Row]) -> tuple[Tensor, ...]:
+        carriers = (*self.spec.streams, *self.spec.block_rows)
+        chunks = []
+        for start, stop in chunk_ranges(len(rows), self.max_rows):
+            self._current = rows[start:stop]
+            if len(self._current) == len(rows):
+                part = arguments
+            else:
+                part = {k: narrow(v, start, stop) if k in carriers else v for k, v in arguments.items()}
+            output = forward(**part)
+            chunks.append(output if isinstance(output, tuple) else (output,))
+        return chunks[0] if len(chunks) == 1 else tuple(map(torch.cat, zip(*chunks, strict=True)))
+
+    def self_attention(self, index: int, module: nn.Module, forward: Forward, arguments: dict[str, Any]) -> Tensor:
+        """Self-attention of the current rows: once for rows with equal input, V alone for rows that skip it."""
+        twins = self.plan.shared_attention(index)
+        skipping = self.plan.skipping_attention(index)
+        owners = [(twins.get(name, name), video) for name, video in self._current]
+        skipped = [i for i, (name, _) in enumerate(self._current) if name in skipping]
+        first = {owner: i for i, owner in reversed(list(enumerate(owners))) if i not in skipped}
+        missing = sorted(i for owner, i in first.items() if owner not in self._attended)
+        if not skipped and len(missing) == len(owners) and self.max_rows is None:
+            return forward(**arguments)
+        carriers = self.spec.attention_rows
+        results: dict[Row, Tensor] = {}
+        if missing:
+            part = {k: select(v, missing) if k in carriers else v for k, v in arguments.items()}
+            for i, result in zip(missing, forward(**part).split(1), strict=True):
+                self._attended[owners[i]] = result
+        if skipped:
+            values = self.spec.value_passthrough(module, select(arguments[carriers[0]], skipped))
+            results = {self._current[i]: value for i, value in zip(skipped, values.split(1), strict=True)}
+        return torch.cat(
+            [results[row] if row in results else self._attended[owner] for row, owner in zip(self._current, owners, strict=True)]
+        )
+
+    def _receive(self, index: int, streams: tuple[Tensor, ...]) -> None:
+        for position, name in enumerate(self._live):
+            fork = self.plan.forks.get(name)
+            if index > 0 or fork is None or fork.block == 0:
+                self._states[name] = (streams, position * self.videos)
+
+    def _source(self, name: str) -> tuple[tuple[Tensor, ...], int]:
+        return self._states[name] if name in self._states else self._source(self.plan.forks[name].parent)
+
+    def _streams(self, names: Sequence[str]) -> tuple[Tensor, ...]:
+        pieces: list[tuple[tuple[Tensor, ...], int, int]] = []
+        for name in names:
+            streams, start = self._source(name)
+            if pieces and pieces[-1][0] is streams and pieces[-1][2] == start:
+                pieces[-1] = (streams, pieces[-1][1], start + self.videos)
+            else:
+                pieces.append((streams, start, start + self.videos))
+        parts = [tuple(narrow(stream, start, stop) for stream in streams) for streams, start, stop in pieces]
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _take(self, value: Any, names: tuple[str, ...]) -> Any:
+        if value is None or names == self.names:
+            return value
+        key = (id(value), names)
+        if key not in self._taken:
+            rows = [self.names.index(name) * self.videos + video for name in names for video in range(self.videos)]
+            self._taken[key] = (value, select(value, rows))
+        return self._taken[key][1]
+
+
+def narrow(value: Any, start: int, stop: int) -> Any:
+    """Rows start..stop of a tensor or of each tensor in a tuple, as views; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, tuple):
+        return tuple(narrow(item, start, stop) for item in value)
+    return value[start:stop]
+
+
+def select(value: Any, rows: Sequence[int]) -> Any:
+    """The rows of a tensor (or of each tensor in a tuple): a view if they are adjacent, else a copy."""
+    if isinstance(value, tuple):
+        return tuple(select(item, rows) for item in value)
+    if value is None or list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return narrow(value, rows[0], rows[0] + len(rows))
+    return torch.cat([value[row : row + 1] for row in rows])
+
+
+def chunk_ranges(count: int, size: int | None) -> Iterator[tuple[int, int]]:
+    """Borders of chunks of at most `size` rows; None is one chunk."""
+    size = count if size is None else size
+    return ((start, min(start + size, count)) for start in range(0, count, size))
+
+
+class ArgumentHook(ModelHook):
+    """A hook that sees its module's arguments by name."""
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.signature = inspect.signature(type(module).forward)
+        return module
+
+    def bind(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Positional and keyword arguments as one dict by name."""
+        if not args:
+            return kwargs
+        bound = self.signature.bind_partial(module, *args, **kwargs).arguments
+        arguments = {k: v for k, v in bound.items() if k not in ("self", "kwargs")}
+        return {**arguments, **bound.get("kwargs", {})}
+
+
+class BlockHook(ArgumentHook):
+    """Runs a block on the rows of the plan, see `Run.block`."""
+
+    def __init__(self, slot: Slot, index: int) -> None:
+        super().__init__()
+        self.slot, self.index = slot, index
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = self.fn_ref.original_forward
+        if self.slot.run is None:
+            return forward(*args, **kwargs)
+        return self.slot.run.block(self.index, forward, self.bind(module, args, kwargs))
+
+
+class SelfAttentionHook(ArgumentHook):
+    """Runs a block's self-attention on the rows that need it, see `Run.self_attention`."""
+
+    def __init__(self, slot: Slot, index: int) -> None:
+        super().__init__()
+        self.slot, self.index = slot, index
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward, run = self.fn_ref.original_forward, self.slot.run
+        if run is None or not (run.plan.shared_attention(self.index) or run.plan.skipping_attention(self.index)):
+            return forward(*args, **kwargs)
+        return run.self_attention(self.index, module, forward, self.bind(module, args, kwargs))
+
+
+HOOK_NAME = "stg_engine"
+
+
+@contextmanager
+def below_accelerate(module: nn.Module) -> Iterator[None]:
+    """Work under Hugging Face Accelerate's wrapper of `module.forward`, which every offloaded call takes off and puts back."""
+    outer = module.__dict__.get("forward") if hasattr(module, "_hf_hook") else None
+    if outer is not None:
+        module.forward = module._old_forward
+    try:
+        yield
+    finally:
+        if outer is not None:
+            module._old_forward, module.forward = module.forward, outer
+
+
+def install(module: nn.Module, hook: ModelHook, name: str = HOOK_NAME) -> None:
+    """Register `hook` on `module`. Raises `ValueError` if one of that name is there."""
+    with below_accelerate(module):
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+
+
+def remove(module: nn.Module, name: str = HOOK_NAME) -> None:
+    """Take the hook off; the module's attributes are as they were before `install`."""
+    registry = module._diffusers_hook
+    with below_accelerate(module):
+        registry.remove_hook(name, recurse=False)
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+    if not registry.hooks:
+        del module._diffusers_hook
+
+
+def is_installed(module: nn.Module, name: str = HOOK_NAME) -> bool:
+    """True if a hook of that name is registered on `module`."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook(name) is not None

@@ -1,0 +1,189 @@
+"""From what the user typed to a model and a guidance setting. Reads a transformer's config.json, never its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from stg_engine import demo
+from stg_engine.config import StepGuidance, STGConfig
+from stg_engine.models import ModelSpec, spec_of, supported
+from stg_engine.plan import Plan, Plans, build_plans
+from stg_engine.presets import PRESETS, Preset
+
+_CONFIG = "transformer/config.json"
+_GUIDANCE_SCALE = 3.0  # LTXPipeline's
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformer known by its config.
+
+    name    what the user typed
+    source  folder or hub id to load a pipeline from; None if only the published shape is known
+    """
+
+    name: str
+    source: str | None
+    spec: ModelSpec
+    num_blocks: int
+    is_shipped: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`config` is None without a skip branch: plain CFG, nothing to attach. `preset` names a published origin."""
+
+    config: STGConfig | None
+    guidance_scale: float
+    preset: str | None
+
+    def __str__(self) -> str:
+        origin = ""
+        if self.preset is not None:
+            published = PRESETS[self.preset]
+            is_changed = (self.config, self.guidance_scale) != (published.config, published.guidance_scale)
+            origin = f"preset {self.preset} ({published.source}){', changed' if is_changed else ''}: "
+        if self.config is None:
+            return f"{origin}no skip branch, guidance scale {self.guidance_scale:g}"
+        if self.config.schedule is not None:
+            return f"{origin}a schedule of {len(self.config.schedule.entries)} entries, {self.config.mode} skip"
+        skips = ", ".join(
+            f"{s.mode} skip of {', '.join(map(str, s.layers))} at scale {s.scale:g}" for s in self.config.skips
+        )
+        return f"{origin}{skips}, rescale {self.config.rescale:g}, guidance scale {self.guidance_scale:g}"
+
+    def plan(self, model: Model) -> Plan | Plans:
+        """Rows per block; one plan per entry of a schedule. ValueError for a layer that the model does not have."""
+        options: dict[str, Any] = {"prompt_block": model.spec.prompt_block}
+        options["shares_attention"] = model.spec.shares_attention and self.config is not None
+        if self.config is not None and self.config.schedule is not None:
+            return build_plans(self.config, model.num_blocks, guidance_scale=self.guidance_scale, **options)
+        guidance = StepGuidance() if self.config is None else self.config
+        return Plan.build(guidance, model.num_blocks, uncond=self.guidance_scale > 1, **options)
+
+
+def find_model(name: str | None) -> Model:
+    """The shipped model (None), a folder, a published name such as "ltx-video-13b", or a hub id (fetches config.json).
+
+    ValueError if there is no such model or its config cannot be read, TypeError for an unsupported transformer.
+    """
+    if name is None:
+        folder = demo.model_path()
+        if not (folder / _CONFIG).is_file():
+            raise ValueError(
+                f"model: the shipped model is missing, no {folder / _CONFIG}; name another one with --model"
+            )
+        return _from_config(folder / _CONFIG, str(folder), str(folder), is_shipped=True)
+    folder = Path(name)
+    if folder.is_dir():
+        for path in (folder / _CONFIG, folder / "config.json"):
+            if path.is_file():
+                return _from_config(path, name, name, is_shipped=folder.resolve() == demo.model_path().resolve())
+        raise ValueError(f"model={name!r}: the folder holds neither {_CONFIG} nor config.json")
+    if name in PRESETS:
+        spec = next(spec for spec in supported() if PRESETS[name].blocks in spec.presets)
+        return Model(name, None, spec, PRESETS[name].blocks)
+    if _HUB_ID.fullmatch(name):
+        return _from_config(_fetch_config(name), name, name)
+    raise ValueError(f"model={name!r} is neither a folder, nor a hub id (owner/name), nor one of {', '.join(PRESETS)}")
+
+
+class Options(Protocol):
+    """What the user typed; None where nothing was typed."""
+
+    preset: str | None
+    stg_layers: tuple[int, ...] | None
+    stg_scale: float | None
+    stg_mode: str | None
+    rescale: float | None
+    guidance_scale: float | None
+
+
+def choose_setting(model: Model, options: Options) -> Setting:
+    """The preset asked for, else the model's own; what the user typed replaces its fields.
+
+    Typed layers without a preset start from STGConfig's defaults: a scale tuned for other layers means nothing.
+    ValueError for a value that is not allowed or would have no effect, and if there is neither a preset nor layers.
+    """
+    name = options.preset
+    if name is None and options.stg_layers is None and options.stg_scale != 0 and not model.is_shipped:
+        name = model.spec.presets.get(model.num_blocks)
+    published = None if name is None else _preset(name, model)
+    base = None if published is None else published.config
+    if published is None and options.stg_layers is None and model.is_shipped:
+        base = demo.SETTING.config
+    typed = {"layers": options.stg_layers, "scale": options.stg_scale, "mode": options.stg_mode}
+    changes = {field: value for field, value in {**typed, "rescale": options.rescale}.items() if value is not None}
+    g = _guidance_scale(model, options, published)
+    if base is not None and base.schedule is not None:
+        _refuse_beside_schedule(name, base, options)
+    if base is None and options.stg_layers is None:
+        if options.stg_scale != 0:
+            raise ValueError(
+                f"stg_layers: {model.name} has no published setting; name the blocks to skip, "
+                f"0 to {model.num_blocks - 1}, or pass --stg-scale 0"
+            )
+        base, changes["layers"] = None, (0,)  # checks mode and rescale, and is off
+    config = STGConfig(**changes) if base is None else replace(base, **changes)
+    is_off = all(skip.scale == 0 for skip in config.skips)
+    return Setting(None if is_off else config, g, name)
+
+
+def _preset(name: str, model: Model) -> Preset:
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r} is not known; choose one of {', '.join(PRESETS)}")
+    if PRESETS[name].blocks != model.num_blocks:
+        raise ValueError(
+            f"preset={name!r} was published for {PRESETS[name].blocks} blocks, {model.name} has {model.num_blocks}; "
+            "name the blocks to skip with --stg-layers"
+        )
+    return PRESETS[name]
+
+
+def _guidance_scale(model: Model, options: Options, published: Preset | None) -> float:
+    g = options.guidance_scale
+    if g is None:
+        default = demo.SETTING.guidance_scale if model.is_shipped else _GUIDANCE_SCALE
+        return default if published is None else published.guidance_scale
+    if not 0 <= g < math.inf:
+        raise ValueError(
+            f"guidance_scale={g} is not allowed; it must be a finite number of at least 0 (1 or less is off)"
+        )
+    return g
+
+
+def _refuse_beside_schedule(name: str | None, config: STGConfig, options: Options) -> None:
+    """ValueError for an option whose value the schedule's entries set; `STGConfig` cannot tell typed from default."""
+    for field in ("stg_layers", "stg_scale", "rescale", "guidance_scale"):
+        if getattr(options, field) is not None:
+            raise ValueError(
+                f"{field}={getattr(options, field)} has no effect: the preset {name!r} sets it per noise level; "
+                "leave it out, or name --stg-layers without --preset"
+            )
+
+
+def _from_config(path: Path, name: str, source: str, is_shipped: bool = False) -> Model:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        spec = spec_of(config["_class_name"])
+        return Model(name, source, spec, spec.num_blocks(config), is_shipped)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model={name!r}: cannot read {path}: {type(error).__name__}: {error}") from error
+
+
+def _fetch_config(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, _CONFIG))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"model={name!r} is no folder here, and {_CONFIG} could not be fetched from the hub: {reason}"
+        ) from error

@@ -1,0 +1,68 @@
+"""diffusers' own LTX pipeline tests, plain and with the engine at scale 0: what passes plain must pass with it.
+
+    python tests/peers/run.py <checkout of diffusers> [pytest arguments]
+
+The checkout should have the version of the installed diffusers, which is what is tested. Exit status 1 on a regression.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+FILES = ("test_ltx.py", "test_ltx_image2video.py", "test_ltx_condition.py")
+
+
+def run(checkout, arguments, engine):
+    """Outcome by test name, and how many pipelines had the engine."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "outcomes.json")
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+            "PYTHONDONTWRITEBYTECODE": "1",  # the checkout stays as it is
+            "HF_HUB_OFFLINE": "1",
+            "STG_PEERS_ENGINE": str(int(engine)),
+            "STG_PEERS_OUT": str(out),
+        }
+        files = [f"tests/pipelines/ltx/{name}" for name in FILES]
+        options = ["-m", "pytest", "-q", "--tb=short", "--disable-warnings", "-p", "plugin", "-p", "no:cacheprovider"]
+        subprocess.run([sys.executable, *options, *files, *arguments], cwd=checkout, env=env, stdin=subprocess.DEVNULL)
+        if not out.is_file():
+            sys.exit("pytest did not start: its message is above")
+        result = json.loads(out.read_text())
+        return result["outcomes"], result["attached"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path)
+    options, arguments = parser.parse_known_args()
+
+    source = options.checkout / "src/diffusers/__init__.py"
+    theirs = re.search(r'__version__ = "(.+)"', source.read_text())[1]
+    print(f"tests of diffusers {theirs}, run on diffusers {version('diffusers')}")
+
+    plain, _ = run(options.checkout, arguments, engine=False)
+    engine, attached = run(options.checkout, arguments, engine=True)
+
+    print(f"\n{'plain':8} {'engine':8} test")
+    for name in sorted(plain.keys() | engine.keys()):
+        before, after = plain.get(name, "-"), engine.get(name, "-")
+        if not before == after == "passed" and not before == after == "skipped":
+            print(f"{before:8} {after:8} {name.split('/')[-1]}{'   <- regression' if before == 'passed' else ''}")
+    passed = [name for name, outcome in plain.items() if outcome == "passed"]
+    lost = [name for name in passed if engine.get(name) != "passed"]
+    print(f"\n{len(passed)} pass plain, {len(passed) - len(lost)} of them with the engine on {attached} pipelines")
+    if not passed or not attached:
+        sys.exit("nothing was compared")
+    sys.exit(1 if lost else 0)
+
+
+if __name__ == "__main__":
+    main()
