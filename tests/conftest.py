@@ -9,7 +9,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is determi
 
 def pytest_configure(config):
     offline.block_network()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # models here are tiny: more threads only wait for each other
+    torch.set_num_threads(1)  # models here are tiny: more threads only wait for each other
 
 
 def pytest_collection_modifyitems(items):

@@ -51,7 +51,7 @@ def main():
     plain, _ = run(options.checkout, arguments, engine=False)
     engine, attached = run(options.checkout, arguments, engine=True)
 
-    print(f"\n{'plain':8} {'engine':8} test")
+    print(f"\n{'plain':8} {'engine':8} test (those that passed or were skipped in both runs are left out)")
     for name in sorted(plain.keys() | engine.keys()):
         before, after = plain.get(name, "-"), engine.get(name, "-")
         if not before == after == "passed" and not before == after == "skipped":

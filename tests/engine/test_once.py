@@ -1,0 +1,162 @@
+"""What is kept from step to step is found again, and dropped when its inputs change."""
+
+import pytest
+import torch
+from engine.tiny import tiny_inputs, tiny_transformer
+from peft import LoraConfig
+
+from stg_engine import Denoiser, STGConfig
+from stg_engine.once import Memo
+from stg_engine.reference import passes_one_by_one
+
+CONFIG = STGConfig(layers=(1,))
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def transformer():
+    return tiny_transformer()
+
+
+@pytest.fixture
+def calls(transformer):
+    """Calls of a cross-attention's key projection and of the caption projection."""
+    counts = {}
+    for path in ("transformer_blocks.3.attn2.to_k", "caption_projection", "transformer_blocks.3.attn1.to_k"):
+        counts[path] = 0
+        module = transformer.get_submodule(path)
+        inner = module.forward  # below the engine's hook, which a module's own forward hooks are not
+
+        def counted(*args, inner=inner, path=path):
+            counts[path] += 1
+            return inner(*args)
+
+        module.forward = counted
+    return counts
+
+
+def assert_right(transformer, denoiser, inputs):
+    actual = denoiser.branches(*inputs)
+    denoiser.detach()
+    expected = passes_one_by_one(transformer, CONFIG.skips, *inputs)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+@pytest.mark.parametrize("execution", ["batched", "serial"])
+def test_prompt_is_projected_once(transformer, calls, execution):
+    shared, cond, uncond = tiny_inputs()
+    rows = 3 if execution == "serial" else 1
+    with Denoiser(transformer, CONFIG, execution=execution) as denoiser:
+        for step in range(3):
+            denoiser.branches({**shared, "timestep": shared["timestep"] - step}, cond, uncond)
+        assert calls["transformer_blocks.3.attn2.to_k"] == rows
+        assert calls["caption_projection"] == rows
+        assert calls["transformer_blocks.3.attn1.to_k"] == 3 * rows
+        denoiser.release()
+        denoiser.branches(shared, cond, uncond)
+        assert calls["transformer_blocks.3.attn2.to_k"] == 2 * rows
+
+
+def test_views_of_one_prompt_are_found_again(transformer, calls):
+    shared, cond, uncond = tiny_inputs()
+    both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
+    with Denoiser(transformer, CONFIG) as denoiser:
+        for _ in range(3):
+            denoiser.branches(shared, *({k: v[rows] for k, v in both.items()} for rows in (slice(1, 2), slice(0, 1))))
+        assert calls["caption_projection"] == 1
+
+
+@pytest.mark.parametrize("change", ["replaced", "written"])
+def test_another_prompt_is_noticed(transformer, calls, change):
+    shared, cond, uncond = tiny_inputs()
+    denoiser = Denoiser(transformer, CONFIG)
+    denoiser.branches(shared, cond, uncond)
+    if change == "written":
+        cond["encoder_hidden_states"].mul_(2)
+    else:
+        cond["encoder_hidden_states"] = cond["encoder_hidden_states"] * 2
+    assert_right(transformer, denoiser, (shared, cond, uncond))
+    assert calls["caption_projection"] > 1
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["adapter_before", "adapter_after"])
+@pytest.mark.parametrize("change", ["add", "scale", "switch_off", "delete", "fuse"])
+def test_adapters_are_noticed(transformer, change, before):
+    inputs = tiny_inputs()
+    lora = LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["attn2.to_k", "attn2.to_v", "to_q"])
+    if before:
+        transformer.add_adapter(lora, "first")
+    denoiser = Denoiser(transformer, CONFIG)
+    if not before:
+        transformer.add_adapter(lora, "first")
+    untouched = denoiser.branches(*inputs)["cond"]
+    if change == "add":
+        transformer.add_adapter(lora, "second")
+        transformer.set_adapters(["first", "second"])
+    elif change == "scale":
+        transformer.set_adapters(["first"], [0.25])
+    elif change == "switch_off":
+        transformer.disable_adapters()
+    elif change == "delete":
+        transformer.delete_adapters("first")
+    else:
+        transformer.fuse_lora(lora_scale=0.5)
+    assert not torch.equal(denoiser.branches(*inputs)["cond"], untouched)
+    assert_right(transformer, denoiser, inputs)
+
+
+def test_weights_written_in_place_are_noticed(transformer):
+    inputs = tiny_inputs()
+    denoiser = Denoiser(transformer, CONFIG)
+    denoiser.branches(*inputs)
+    transformer.transformer_blocks[3].attn2.to_k.weight.mul_(2)
+    assert_right(transformer, denoiser, inputs)
+
+
+def test_inference_mode_keeps_nothing(transformer):
+    with torch.inference_mode():
+        inputs = tiny_inputs()
+        denoiser = Denoiser(transformer, CONFIG)
+        denoiser.branches(*inputs)
+        assert len(denoiser.memo) == 0
+        assert_right(transformer, denoiser, inputs)
+
+
+def test_memory_does_not_grow_with_the_steps(transformer):
+    shared, cond, uncond = tiny_inputs()
+    lora = LoraConfig(r=2, target_modules=["attn2.to_k"])
+    with Denoiser(transformer, CONFIG) as denoiser:
+        transformer.add_adapter(lora)
+        sizes = []
+        for _ in range(3):
+            denoiser.branches(shared, cond, uncond)
+            sizes.append(len(denoiser.memo))
+    assert sizes[0] == sizes[-1] > 0
+
+
+def test_a_freed_tensor_is_not_taken_for_a_new_one():
+    memo = Memo()
+    results = [memo.get("double", (torch.full((1000,), float(i)),), lambda i=i: torch.tensor([2.0 * i])) for i in range(50)]
+    assert [result.item() for result in results] == [2.0 * i for i in range(50)]
+
+
+def test_a_result_written_by_its_user_is_computed_again():
+    memo, x = Memo(), torch.ones(2)
+    memo.get("double", (x,), lambda: 2 * x).add_(1)
+    assert torch.equal(memo.get("double", (x,), lambda: 2 * x), torch.tensor([2.0, 2.0]))
+
+
+def test_equal_timesteps_are_embedded_once():
+    transformer = tiny_transformer()
+    shared, cond, uncond = tiny_inputs(2, per_token=True)
+    sizes = []
+    transformer.time_embed.linear.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    with Denoiser(transformer, CONFIG) as denoiser:
+        denoiser.branches(shared, cond, uncond)
+    assert sizes == [2]
