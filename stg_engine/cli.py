@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 PROG = "stg-engine"
@@ -16,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = _parser().parse_args(argv)
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _warn(message)
+            args.run(args)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", EXIT_INTERRUPTED)
     except Exception as error:
@@ -29,28 +33,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: object, status: int) -> int:
-    print(f"{PROG}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{PROG}: error: {_one_line(message)}", file=sys.stderr)
     return status
 
 
-def _warn(text: str) -> None:
-    print(f"{PROG}: warning: {text}", file=sys.stderr)
+def _warn(message: object) -> None:
+    print(f"{PROG}: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
 
 
 def _generate(args: argparse.Namespace) -> None:
     from stg_engine.generate import Request, generate
 
-    options = {name: value for name, value in vars(args).items() if name not in ("command", "run", "debug")}
-    print(generate(Request(**options), _warn))
+    print(generate(_typed(Request, args), _warn))
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from stg_engine.settings import choose_setting, find_model
+    from stg_engine.settings import Options, choose_setting, find_model
 
-    model = find_model(args.model)
-    setting = choose_setting(model, args)
+    options = _typed(Options, args)
+    model = find_model(options.model)
+    setting = choose_setting(model, options)
     plan = setting.plan(model)
     print(f"{model.name}: {model.spec.family}, {model.num_blocks} blocks\n{setting}\n\n{plan}")
+
+
+def _typed(kind: type[Any], args: argparse.Namespace) -> Any:
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
 def _env(args: argparse.Namespace) -> None:
@@ -117,7 +129,9 @@ def _add_setting(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("clip (what is not given is the model's default)")
-    group.add_argument("--prompt", required=True, metavar="TEXT", help="what the clip shows")
+    group.add_argument(
+        "--prompt", metavar="TEXT", help="what the clip shows (needed unless the model is the shipped one)"
+    )
     group.add_argument("--negative-prompt", metavar="TEXT", help="what it must not show (default: empty)")
     group.add_argument("--out", required=True, metavar="CLIP.mp4", help="also writes CLIP.png and CLIP.json")
     group.add_argument("--force", action="store_true", help="overwrite them")

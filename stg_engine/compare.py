@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -63,14 +64,15 @@ class Comparison:
 
     def __str__(self) -> str:
         times = (
-            f"guided prediction, seconds per step (median of {self.samples}, interleaved): engine {self.engine_seconds:.4f}, "
-            f"{self.passes} plain passes {self.one_by_one_seconds:.4f} one by one, {self.one_batch_seconds:.4f} in one batch"
+            f"guided prediction, seconds per step, median of {self.samples} interleaved: "
+            f"engine {self.engine_seconds:.4f}; {self.passes} plain passes {self.one_by_one_seconds:.4f} one by one, "
+            f"{self.one_batch_seconds:.4f} in one batch"
         )
         if self.speedup is not None:
-            times += f"; engine {self.speedup:.2f}x the faster of these"
+            times += f"; {self.speedup:.2f}x against the faster"
         verdict = "equal but for rounding" if self.is_equal else "NOT EQUAL, so no speed-up is stated"
         return (
-            f"{times}\nparity: relative difference {self.error:.1e}; a change of the latents by one unit in the last place "
+            f"{times}\nparity: relative difference {self.error:.1e}; moving the latents by one unit in the last place "
             f"makes {self.rounding:.1e}: {verdict}"
         )
 
@@ -118,12 +120,16 @@ def compare(transformer: torch.nn.Module, config: STGConfig, steps: list[Step], 
 
     def plain(step: Step, **options: Any) -> torch.Tensor:
         inputs = (dict(step.shared), dict(step.cond), None if step.uncond is None else dict(step.uncond))
-        at = {"progress": step.progress, "sigma": step.sigma}
-        return three_passes(transformer, config, *inputs, step.guidance_scale, **at, **options)
+        options.update(progress=step.progress, sigma=step.sigma)
+        return three_passes(transformer, config, *inputs, step.guidance_scale, **options)
 
     def guided(denoiser: Denoiser, step: Step) -> torch.Tensor:
         at = {"progress": step.progress, "sigma": step.sigma}
-        return denoiser(step.shared, step.cond, step.uncond, guidance_scale=step.guidance_scale, **at)
+        scheduled = config.at(**at).guidance_scale
+        uncond = step.uncond if scheduled is None or scheduled > 1 else None  # as the attached engine does
+        return denoiser(
+            step.shared, step.cond, uncond, guidance_scale=None if uncond is None else step.guidance_scale, **at
+        )
 
     expected = [plain(step) for step in steps]
     nudged = [plain(replace(step, shared={**step.shared, latents: _nudge(step.shared[latents])})) for step in steps]
@@ -131,11 +137,11 @@ def compare(transformer: torch.nn.Module, config: STGConfig, steps: list[Step], 
         results = [guided(denoiser, step) for step in steps]
     one_by_one, one_batch, engine_seconds = [], [], []
     for _ in range(ROUNDS):
-        one_by_one += [_seconds(device, lambda s=step: plain(s)) for step in steps]
-        one_batch += [_seconds(device, lambda s=step: plain(s, one_batch=True)) for step in steps]
+        one_by_one += [_seconds(device, partial(plain, step)) for step in steps]
+        one_batch += [_seconds(device, partial(plain, step, one_batch=True)) for step in steps]
         with Denoiser(transformer, config, **engine) as denoiser:
             guided(denoiser, steps[0])
-            engine_seconds += [_seconds(device, lambda s=step, d=denoiser: guided(d, s)) for step in steps]
+            engine_seconds += [_seconds(device, partial(guided, denoiser, step)) for step in steps]
     skips = max(len(config.at(step.progress, step.sigma).skips) for step in steps)
     return Comparison(
         passes=skips + (1 if steps[0].uncond is None else 2),

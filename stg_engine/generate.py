@@ -6,8 +6,8 @@ import inspect
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from stg_engine.compare import Comparison, compare, recorded_steps, steps_of, sy
 from stg_engine.config import STGConfig
 from stg_engine.plan import Plan, Plans
 from stg_engine.reference import recorded_calls
-from stg_engine.settings import Model, Setting, choose_setting, find_model
+from stg_engine.settings import Model, Options, Setting, choose_setting, find_model
 
 # The divisor that LTX pipelines demand of height and width whatever the VAE.
 _SIDE = 32
@@ -39,20 +39,13 @@ _CALL = {
 Warn = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class Request(Options):
     """The options of the command; None takes the model's default."""
 
-    prompt: str
     out: str
+    prompt: str | None = None
     negative_prompt: str | None = None
-    model: str | None = None
-    preset: str | None = None
-    stg_layers: tuple[int, ...] | None = None
-    stg_scale: float | None = None
-    stg_mode: str | None = None
-    rescale: float | None = None
-    guidance_scale: float | None = None
     seed: int = 0
     steps: int | None = None
     frames: int | None = None
@@ -91,9 +84,11 @@ def generate(request: Request, warn: Warn) -> str:
     """
     paths = media.output_paths(request.out)
     media.check_writable(paths, request.force)
-    if not request.prompt.strip():
-        raise ValueError(f"prompt={request.prompt!r} is empty; say what the clip shows")
     model = find_model(request.model)
+    if request.prompt is None and model.is_shipped:
+        request = replace(request, prompt=demo.SETTING.prompt)
+    if not (request.prompt or "").strip():
+        raise ValueError(f"prompt={request.prompt!r} is not allowed; say what the clip shows")
     if model.source is None:
         raise ValueError(f"model={model.name!r} is a published shape without weights; name a folder or a hub id")
     setting = choose_setting(model, request)
@@ -110,6 +105,8 @@ def generate(request: Request, warn: Warn) -> str:
     if model.is_shipped:
         _warn_of_unknown_words(pipe.tokenizer, f"{request.prompt} {request.negative_prompt or ''}", warn)
 
+    with _attached(pipe, setting.config, request):
+        pass  # what the engine refuses, it refuses here, not after minutes of the other runs
     clips, comparison = _run_all(pipe, model, setting, request, size)
     if comparison is not None and not comparison.is_equal:
         warn("the engine's prediction differs from that of plain passes by more than rounding; please report this")
@@ -125,7 +122,7 @@ def generate(request: Request, warn: Warn) -> str:
         "max_rows": request.max_rows,
         "plan": _describe_plan(plan),
         "device": str(device),
-        "device_name": env.device_name(device),
+        "device_name": env.device_name(str(device)),
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {"stg_engine": stg_engine.__version__, **env.versions()},
         "environment": env.variables(),
@@ -138,7 +135,7 @@ def generate(request: Request, warn: Warn) -> str:
         "compare": None if comparison is None else {**asdict(comparison), "speedup": comparison.speedup},
     }
     _write(paths, request.force, clips, metadata)
-    return _summary(paths, plan, clips, comparison, f"{device} {dtype}")
+    return _summary(paths, plan, clips, comparison, f"{device}, {metadata['dtype']}")
 
 
 def _run_all(
@@ -151,7 +148,8 @@ def _run_all(
     clips = [_run(pipe, request, size, "no guidance", None, 1.0)]
     if g > 1:
         clips.append(_run(pipe, request, size, f"CFG {g:g}", None, g))
-    sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas]  # set by the runs above, whose steps are the same
+    # Set by the runs above, whose steps are the same.
+    sigmas = [t / pipe.scheduler.config.num_train_timesteps for t in pipe.scheduler.timesteps.tolist()]
     with recorded_calls(pipe.transformer, recorded_steps(config, size["steps"], sigmas)) as calls:
         clips.append(_run(pipe, request, size, _label(setting), config, g))
     steps = steps_of(model.spec, calls, size["steps"], sigmas, g)
@@ -172,13 +170,8 @@ def _run(
         return {}
 
     pipe.set_progress_bar_config(desc=" ".join(label.split()), disable=None)  # None: only where stderr is a terminal
-    engine = (
-        nullcontext()
-        if config is None
-        else stg_engine.attach(pipe, config, execution=request.execution, max_rows=request.max_rows)
-    )
     start = time.perf_counter()
-    with engine:
+    with _attached(pipe, config, request) as engine:
         frames = pipe(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
@@ -188,10 +181,18 @@ def _run(
             callback_on_step_end=tick,
             **{argument: size[name] for name, argument in _CALL.items()},
         ).frames[0]
-        report = "" if config is None else str(engine.report())
+        report = "" if engine is None else str(engine.report())
     seconds = time.perf_counter() - start
     step_seconds = [after - before for before, after in pairwise(ticks)]
     return Clip(label, media.to_uint8(frames), seconds, step_seconds, report)
+
+
+def _attached(
+    pipe: Any, config: STGConfig | None, request: Request
+) -> AbstractContextManager[stg_engine.Engine | None]:
+    if config is None:
+        return nullcontext()
+    return stg_engine.attach(pipe, config, execution=request.execution, max_rows=request.max_rows)
 
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
@@ -225,11 +226,10 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
 def _size(request: Request, model: Model, pipe: Any) -> dict[str, int]:
     """height, width, frames, fps, steps: the request's, else the model's. ValueError if the pipeline cannot make it."""
     signature = inspect.signature(pipe.__call__).parameters
-    shipped = asdict(demo.SETTING) if model.is_shipped else {}
     size = {}
     for name, argument in _CALL.items():
-        value = getattr(request, name)
-        size[name] = value if value is not None else shipped.get(name, signature[argument].default)
+        default = getattr(demo.SETTING, name) if model.is_shipped else signature[argument].default
+        size[name] = default if getattr(request, name) is None else getattr(request, name)
     side = math.lcm(_SIDE, pipe.vae_spatial_compression_ratio * pipe.transformer_spatial_patch_size)
     for name in ("height", "width"):
         if size[name] % side:
@@ -246,7 +246,7 @@ def _warn_of_unknown_words(tokenizer: Any, text: str, warn: Warn) -> None:
 
     unknown = list(dict.fromkeys(filter(is_unknown, text.split())))
     if unknown:
-        pieces = (piece.lstrip("▁") for piece in tokenizer.get_vocab() if piece not in tokenizer.all_special_tokens)
+        pieces = {piece.lstrip("▁") for piece in tokenizer.get_vocab() if piece not in tokenizer.all_special_tokens}
         known = ", ".join(sorted(filter(None, pieces)))
         warn(f"the shipped model does not know {', '.join(map(repr, unknown))}; it knows: {known}")
 
@@ -257,10 +257,10 @@ def _label(setting: Setting) -> str:
     if config is None:
         return cfg or "no guidance"
     if config.schedule is not None:
-        return f"CFG + STG\n{setting.preset or 'schedule'}"
-    scales = " + ".join(f"STG {skip.scale:g}" for skip in config.skips)
-    layers = "; ".join(f"{skip.mode}, {','.join(map(str, skip.layers))}" for skip in config.skips)
-    return f"{cfg} + {scales}\n{layers}" if cfg else f"{scales}\n{layers}"
+        return f"CFG + STG\n({setting.preset})"
+    skips = [f"STG {skip.scale:g}" for skip in config.skips]
+    details = "; ".join(f"{skip.mode}, layers {','.join(map(str, skip.layers))}" for skip in config.skips)
+    return f"{' + '.join([cfg, *skips] if cfg else skips)}\n({details})"
 
 
 def _describe_plan(plan: Plan | Plans) -> dict[str, Any]:

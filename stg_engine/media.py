@@ -8,9 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # A 64-pixel clip is unwatchable in a player, and players blur what they enlarge themselves.
 MIN_SIDE = 256
@@ -114,8 +117,8 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> tuple[int, int]:
     return height, width
 
 
-def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], title: str = ""):
-    """PIL image with one labelled row of frames per (label, uint8 [F, H, W, 3]); all clips of one shape.
+def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], title: str = "") -> Image.Image:
+    """Picture with one labelled row of frames per (label, uint8 [F, H, W, 3]); all clips of one shape.
 
     At most SHEET_FRAMES frames, evenly spaced and including the first and the last; their numbers stand on top.
     Small frames are enlarged by an integer (nearest), large ones reduced to SHEET_SIDE pixels on the shorter side.

@@ -23,7 +23,7 @@ from stg_engine.config import StepGuidance, STGConfig
 from stg_engine.denoiser import Denoiser
 from stg_engine.plan import Plan, Plans
 from stg_engine.report import Report, new_report
-from stg_engine.rows import install, is_installed, remove
+from stg_engine.rows import below_accelerate, install, is_installed, remove
 
 PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
 HOOK_NAME = "stg_engine_pipeline"
@@ -63,9 +63,7 @@ class Engine:
         self._report = new_report(denoiser, denoiser.plans())
         self._step: int | None = None
         self._sigmas: list[float] = []
-        self._hook = _Takeover(self)
-        install(denoiser.transformer, self._hook, HOOK_NAME)
-        self._installed_forward = denoiser.transformer.forward
+        self._installed_forward = install(denoiser.transformer, _Takeover(self), HOOK_NAME)
         self._progress_bar = pipe.progress_bar
         pipe.progress_bar = self._guarded_progress_bar
 
@@ -191,7 +189,8 @@ class Engine:
     def _check_hooked(self) -> None:
         if self.pipe.transformer is not self.denoiser.transformer:
             raise RuntimeError("pipe.transformer was replaced after stg_engine was attached; detach and attach again")
-        forward: Any = self.denoiser.transformer.forward
+        with below_accelerate(self.denoiser.transformer):
+            forward: Any = self.denoiser.transformer.forward
         while forward is not None and forward is not self._installed_forward:
             forward = getattr(forward, "__wrapped__", None)
         if forward is None:

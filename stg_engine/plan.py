@@ -8,7 +8,7 @@ needs no rows. This is exact: the same function of the same data is computed onc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -157,17 +157,17 @@ class Plan:
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
         used = {state for column in columns for state in column}
-        legend = "   ".join(f"{mark} {meaning}" for mark, meaning in LEGEND.items() if mark in used)
-        return "\n".join([*([self.title] if self.title else []), *lines, "", legend, self.cost_line()])
+        legend = [f"{mark} {meaning}" for mark, meaning in LEGEND.items() if mark in used]
+        return "\n".join([*([self.title] if self.title else []), *lines, "", *legend, "", self.cost_line()])
 
     def _origin(self, branch: Branch) -> str:
         fork = self.forks.get(branch.name)
         if fork is None:
             return ""
-        if fork.block == 0 and not self.shared_attention(0).get(branch.name):
-            return "on its own from block 0"
-        reason = "" if branch.name == "uncond" else f", layers {', '.join(map(str, branch.skips))} skipped"
-        return f"forks from {fork.parent} in block {fork.block}{reason}"
+        layers = ", ".join(map(str, branch.skips))
+        modes = "/".join(sorted({mode for mode, _ in branch.skips.values()}))
+        reason = f"{modes} skip of {layers}" if branch.skips else "its prompt enters"
+        return f"forks from {fork.parent} in block {fork.block}: {reason}"
 
     def cost_line(self) -> str:
         """One sentence: block-rows, pass-equivalents and the bound that sharing alone gives."""
@@ -182,7 +182,11 @@ class Plans(tuple[Plan, ...]):
     """The plans of a schedule's entries, in the schedule's order."""
 
     def __str__(self) -> str:
-        return "\n\n".join(map(str, self))
+        """Every picture once, under the titles of the entries that have it."""
+        pictures: dict[str, list[str]] = {}
+        for plan in self:
+            pictures.setdefault(str(replace(plan, title="")), []).append(plan.title)
+        return "\n\n".join("\n".join([*titles, picture]) for picture, titles in pictures.items())
 
 
 def build_plans(config: STGConfig, num_blocks: int, *, guidance_scale: float | None = None, **options) -> Plans:
@@ -195,7 +199,8 @@ def build_plans(config: STGConfig, num_blocks: int, *, guidance_scale: float | N
     plans = []
     for entry in config.schedule.entries:
         scale = guidance_scale if entry.guidance_scale is None else entry.guidance_scale
-        title = f"sigma {entry.sigma:g}: guidance scale {scale}, skip scale {entry.scale:g}, rescale {entry.rescale:g}"
+        cfg = "the caller's" if scale is None else f"{scale:g}"
+        title = f"sigma {entry.sigma:g}: guidance scale {cfg}, skip scale {entry.scale:g}, rescale {entry.rescale:g}"
         options = {**options, "uncond": scale is None or scale > 1, "title": title}
         plans.append(Plan.build(config.of_entry(entry), num_blocks, **options))
     return Plans(plans)

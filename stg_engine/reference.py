@@ -122,15 +122,15 @@ def skipped(transformer: nn.Module, layers: Collection[int], mode: str, rows: sl
         output[rows] = input_of(args, kwargs)
         return output
 
-    def values(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        projection, dropout = attention.to_out
+    def values(attention: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         output = output.clone()
-        output[rows] = dropout(projection(attention.to_v(input_of(args, kwargs))))
+        output[rows] = attention.to_out[0](attention.to_v(input_of(args, kwargs)))
         return output
 
+    blocks: Any = transformer.transformer_blocks
     with ExitStack() as hooks:
         for layer in layers:
-            block = transformer.transformer_blocks[layer]
+            block = blocks[layer]
             module, hook = {"residual": (block, pass_through), "attention": (block.attn1, values)}[mode]
             hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield

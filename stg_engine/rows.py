@@ -219,10 +219,11 @@ def below_accelerate(module: nn.Module) -> Iterator[None]:
             module._old_forward, module.forward = module.forward, outer
 
 
-def install(module: nn.Module, hook: ModelHook, name: str = HOOK_NAME) -> None:
-    """Register `hook` on `module`. Raises `ValueError` if one of that name is there."""
+def install(module: nn.Module, hook: ModelHook, name: str = HOOK_NAME) -> Forward:
+    """Register `hook` on `module`; returns the forward that runs it. Raises `ValueError` if the name is taken."""
     with below_accelerate(module):
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+        return module.forward
 
 
 def remove(module: nn.Module, name: str = HOOK_NAME) -> None:

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from stg_engine import demo
 from stg_engine.config import StepGuidance, STGConfig
@@ -94,15 +94,17 @@ def find_model(name: str | None) -> Model:
     raise ValueError(f"model={name!r} is neither a folder, nor a hub id (owner/name), nor one of {', '.join(PRESETS)}")
 
 
-class Options(Protocol):
-    """What the user typed; None where nothing was typed."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user typed about model and guidance; None where nothing was typed."""
 
-    preset: str | None
-    stg_layers: tuple[int, ...] | None
-    stg_scale: float | None
-    stg_mode: str | None
-    rescale: float | None
-    guidance_scale: float | None
+    model: str | None = None
+    preset: str | None = None
+    stg_layers: tuple[int, ...] | None = None
+    stg_scale: float | None = None
+    stg_mode: str | None = None
+    rescale: float | None = None
+    guidance_scale: float | None = None
 
 
 def choose_setting(model: Model, options: Options) -> Setting:
@@ -118,8 +120,9 @@ def choose_setting(model: Model, options: Options) -> Setting:
     base = None if published is None else published.config
     if published is None and options.stg_layers is None and model.is_shipped:
         base = demo.SETTING.config
-    typed = {"layers": options.stg_layers, "scale": options.stg_scale, "mode": options.stg_mode}
-    changes = {field: value for field, value in {**typed, "rescale": options.rescale}.items() if value is not None}
+    typed: dict[str, Any] = {"layers": options.stg_layers, "scale": options.stg_scale, "mode": options.stg_mode}
+    typed["rescale"] = options.rescale
+    changes = {field: value for field, value in typed.items() if value is not None}
     g = _guidance_scale(model, options, published)
     if base is not None and base.schedule is not None:
         _refuse_beside_schedule(name, base, options)

@@ -14,7 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def _snippets():
     """(first line, source) of each ```python block."""
-    text = README.read_text()
+    text = README.read_text() if README.exists() else ""
     for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         yield pytest.param(match[1], id=f"line{text.count(chr(10), 0, match.start()) + 2}")
 
@@ -46,7 +46,7 @@ def namespace(monkeypatch, tmp_path):
     pipe = tiny()
     shared, cond, uncond = tiny_inputs()
     given = {"pipe": pipe, "transformer": pipe.transformer, "prompt": "a red circle moving right"}
-    return given | {"shared": shared, "cond": cond, "uncond": uncond}
+    return given | {"shared": shared, "cond": cond, "uncond": uncond, "stg_engine": stg_engine}
 
 
 def test_readme_has_python():

@@ -41,7 +41,7 @@ ONLY_IN = {
     "HookRegistry": {"rows"},
     "register_hook": {"rows"},
     "remove_hook": {"rows"},
-    "ModelHook": {"rows", "once"},
+    "ModelHook": {"rows", "once", "pipeline"},  # to subclass; only rows installs them
     "register_forward_hook": {"reference"},  # the oracle skips a block the way the published pipelines do
     "register_forward_pre_hook": {"reference"},
     "DiffusionPipeline": {"pipeline", "generate", "demo"},
