@@ -11,6 +11,7 @@ PROMPT ?= a red circle moving right on a gray background
 .PHONY: demo test check bench peers checkout clean
 
 demo: $(VENV)/.base
+	@mkdir -p $(dir $(CLIP))
 	$(BIN)/stg-engine generate --compare --force --out $(CLIP) --prompt "$(PROMPT)"
 
 test: $(VENV)/.test

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -35,18 +35,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds are medians per step of `samples` interleaved runs each.
+    """What the engine and plain passes gave and took for the same steps.
 
-    one_by_one_seconds, one_batch_seconds   plain passes as calls of their own, and as one call on all rows
+    passes    plain passes per step
+    engine, one_by_one, one_batch   seconds per step, interleaved samples; plain passes as calls of their own and as one
+              call on all rows
     error     largest |engine - plain| / |plain| over the steps, L2 norms of the guided prediction
-    rounding  the same for plain passes whose latents are changed by one unit in the last place
+    rounding  the same for plain passes whose latents are moved by one unit in the last place
     """
 
     passes: int
-    engine_seconds: float
-    one_by_one_seconds: float
-    one_batch_seconds: float
-    samples: int
+    engine: list[float]
+    one_by_one: list[float]
+    one_batch: list[float]
     error: float
     rounding: float
 
@@ -57,24 +58,28 @@ class Comparison:
 
     @property
     def speedup(self) -> float | None:
-        """The faster form of the plain passes over the engine; None if their results are not equal."""
-        if not self.is_equal:
-            return None
-        return min(self.one_by_one_seconds, self.one_batch_seconds) / self.engine_seconds
+        """Median seconds, the faster form of the plain passes over the engine; None if their results are not equal."""
+        plain = min(median(self.one_by_one), median(self.one_batch))
+        return plain / median(self.engine) if self.is_equal else None
 
     def __str__(self) -> str:
-        times = (
-            f"guided prediction, seconds per step, median of {self.samples} interleaved: "
-            f"engine {self.engine_seconds:.4f}; {self.passes} plain passes {self.one_by_one_seconds:.4f} one by one, "
-            f"{self.one_batch_seconds:.4f} in one batch"
+        rows = (
+            ("engine", self.engine),
+            (f"{self.passes} plain passes, one by one", self.one_by_one),
+            (f"{self.passes} plain passes, in one batch", self.one_batch),
         )
+        lines = [f"guided prediction, seconds per step: median (quartiles) of {len(self.engine)} interleaved samples"]
+        for name, samples in rows:
+            low, middle, high = quantiles(samples, n=4) if len(samples) > 1 else samples * 3
+            lines.append(f"  {name:<28} {middle:.4f} ({low:.4f} to {high:.4f})")
         if self.speedup is not None:
-            times += f"; {self.speedup:.2f}x against the faster"
-        verdict = "equal but for rounding" if self.is_equal else "NOT EQUAL, so no speed-up is stated"
-        return (
-            f"{times}\nparity: relative difference {self.error:.1e}; moving the latents by one unit in the last place "
-            f"makes {self.rounding:.1e}: {verdict}"
-        )
+            lines.append(f"  engine against the faster    {self.speedup:.2f}x")
+        lines.append(f"  relative difference          {self.error:.1e}, {self._verdict()}")
+        return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        cause = f"moving the latents by one unit in the last place makes {self.rounding:.1e}"
+        return f"rounding: {cause}" if self.is_equal else f"NOT EQUAL, so no speed-up is stated: {cause}"
 
 
 def recorded_steps(config: STGConfig, steps: int, sigmas: list[float]) -> list[int]:
@@ -112,8 +117,8 @@ def steps_of(
 def compare(transformer: torch.nn.Module, config: STGConfig, steps: list[Step], **engine: Any) -> Comparison:
     """Run every step with a Denoiser (arguments `engine`) and as plain passes of the untouched transformer.
 
-    In each of ROUNDS rounds the engine's steps follow the plain ones, so that a machine that slows down slows both.
-    The engine's first call of a round is not timed: it computes what is kept for a whole generation.
+    Timed in turns, each step ROUNDS times, so that a machine that slows down slows all of them. Each timed call of the
+    engine follows one that is not timed, which computes what is kept for a whole generation.
     """
     latents = spec_of(transformer).latents[0]
     device = steps[0].shared[latents].device
@@ -126,31 +131,29 @@ def compare(transformer: torch.nn.Module, config: STGConfig, steps: list[Step], 
     def guided(denoiser: Denoiser, step: Step) -> torch.Tensor:
         at = {"progress": step.progress, "sigma": step.sigma}
         scheduled = config.at(**at).guidance_scale
-        uncond = step.uncond if scheduled is None or scheduled > 1 else None  # as the attached engine does
-        return denoiser(
-            step.shared, step.cond, uncond, guidance_scale=None if uncond is None else step.guidance_scale, **at
-        )
+        g: float | None = step.guidance_scale
+        uncond = step.uncond
+        if scheduled is not None and scheduled <= 1:  # no uncond branch, as in the attached engine
+            g, uncond = None, None
+        return denoiser(step.shared, step.cond, uncond, guidance_scale=g, **at)
 
     expected = [plain(step) for step in steps]
     nudged = [plain(replace(step, shared={**step.shared, latents: _nudge(step.shared[latents])})) for step in steps]
     with Denoiser(transformer, config, **engine) as denoiser:
         results = [guided(denoiser, step) for step in steps]
-    one_by_one, one_batch, engine_seconds = [], [], []
-    for _ in range(ROUNDS):
-        one_by_one += [_seconds(device, partial(plain, step)) for step in steps]
-        one_batch += [_seconds(device, partial(plain, step, one_batch=True)) for step in steps]
+    samples: dict[str, list[float]] = {"engine": [], "one_by_one": [], "one_batch": []}
+    for step in steps * ROUNDS:
+        samples["one_by_one"].append(_seconds(device, partial(plain, step)))
+        samples["one_batch"].append(_seconds(device, partial(plain, step, one_batch=True)))
         with Denoiser(transformer, config, **engine) as denoiser:
-            guided(denoiser, steps[0])
-            engine_seconds += [_seconds(device, partial(guided, denoiser, step)) for step in steps]
+            guided(denoiser, step)
+            samples["engine"].append(_seconds(device, partial(guided, denoiser, step)))
     skips = max(len(config.at(step.progress, step.sigma).skips) for step in steps)
     return Comparison(
         passes=skips + (1 if steps[0].uncond is None else 2),
-        engine_seconds=median(engine_seconds),
-        one_by_one_seconds=median(one_by_one),
-        one_batch_seconds=median(one_batch),
-        samples=len(engine_seconds),
         error=max(_distance(a, b) for a, b in zip(results, expected, strict=True)),
         rounding=max(_distance(a, b) for a, b in zip(nudged, expected, strict=True)),
+        **samples,
     )
 
 

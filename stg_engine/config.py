@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
-from numbers import Real
+from itertools import pairwise
 from typing import Any
 
 MODES = ("residual", "attention")
@@ -24,7 +24,7 @@ def _choice(field: str, value: object, allowed: tuple) -> None:
 
 
 def _number(field: str, value: object, low: float, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high or math.isinf(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
         bounds = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise ValueError(f"{field}={value!r} is not allowed; it must be a finite number {bounds}")
     return float(value)
@@ -69,7 +69,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class ScheduleEntry:
-    """Settings from one noise level on. `guidance_scale=None` leaves the caller's; `layers` may be empty if scale is 0."""
+    """Settings of one noise level. `guidance_scale=None` leaves the caller's; `layers` may be empty at scale 0."""
 
     sigma: float
     layers: tuple[int, ...] = ()
@@ -103,7 +103,7 @@ class STGSchedule:
         object.__setattr__(self, "entries", tuple(self.entries))
         _choice("rule", self.rule, RULES)
         sigmas = [entry.sigma for entry in self.entries]
-        if not sigmas or any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
+        if not sigmas or any(a <= b for a, b in pairwise(sigmas)):
             raise ValueError(f"entries with sigma={sigmas} are not allowed; list at least one, sigma strictly falling")
 
     def at(self, sigma: float) -> ScheduleEntry:

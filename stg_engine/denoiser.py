@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stg_engine import guidance
 from stg_engine.config import StepGuidance, STGConfig
+from stg_engine.inputs import Inputs, all_rows, check_inputs
 from stg_engine.models import spec_of
 from stg_engine.once import Memo, OncePerPrompt, OncePerStep, PerRow, TimeEmbedding, weights_fingerprint
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
@@ -19,7 +18,6 @@ from stg_engine.rows import BlockHook, Run, SelfAttentionHook, Slot, install, is
 
 EXECUTIONS = ("batched", "serial")
 KERNELS = ("auto", "off")
-Inputs = Mapping[str, Any]
 
 
 class Denoiser:
@@ -27,8 +25,8 @@ class Denoiser:
 
     transformer  a supported diffusers transformer, in eval mode; hooked until `detach()`, never replaced
     config       an `STGConfig`; None takes the preset published for the model
-    execution    "batched": all rows of a block at once; "serial": a block row by row, least memory, every branch bitwise
-                 equal to its pass run alone on that video
+    execution    "batched": all rows of a block at once; "serial": a block row by row, least memory, every branch
+                 bitwise equal to its pass run alone on that video
     max_rows     at most this many rows at once; serial is max_rows=1
     kernels      "auto": fused kernels where they exist for family and device; "off": the modules as they are
 
@@ -46,7 +44,9 @@ class Denoiser:
         kernels: str = "auto",
     ) -> None:
         if hasattr(transformer, "_orig_mod"):
-            raise TypeError("transformer is a torch.compile module; hook the module that was compiled, transformer._orig_mod")
+            raise TypeError(
+                "transformer is a torch.compile module; hook the module that was compiled, transformer._orig_mod"
+            )
         self.spec = spec_of(transformer)
         self.transformer = transformer
         self.blocks = self.spec.block_list(transformer)
@@ -62,7 +62,6 @@ class Denoiser:
         self.differences: dict[str, Tensor] = {}
         self._slot = Slot()
         self._plans: dict[tuple[StepGuidance, bool], Plan] = {}
-        self._fingerprint: Any = None
         self._hooked: list[nn.Module] = []
         self._install()
 
@@ -76,16 +75,17 @@ class Denoiser:
         progress: float | None = None,
         sigma: float | None = None,
     ) -> Any:
-        """`u + g (c - u) + sum_i s_i (c - p_i)` and the rescale, in the shape and dtype of the transformer's own output.
+        """`u + g (c - u) + sum_i s_i (c - p_i)` and the rescale, in the transformer's own output shape and dtype.
 
         shared          the transformer's keyword arguments that all branches have in common (B videos)
         cond, uncond    those that depend on the prompt; without uncond the result is `c + sum_i s_i (c - p_i)`
-        guidance_scale  g; needed with uncond, not allowed without it (except 1)
+        guidance_scale  g; needed with uncond, not allowed without it (except 1); a schedule's entry may set it
         progress        step index / number of steps, in [0, 1); needed if the config has start or stop
         sigma           noise level of this step, 1 is pure noise; needed if the config has a schedule
         """
         step = self.config.at(progress, sigma)
-        guidance_scale = step.guidance_scale if step.guidance_scale is not None else guidance_scale
+        if step.guidance_scale is not None:
+            guidance_scale, uncond = step.guidance_scale, uncond if step.guidance_scale > 1 else None
         if uncond is not None and guidance_scale is None:
             raise ValueError("guidance_scale=None is not allowed with uncond; pass g of u + g (c - u)")
         if uncond is None and guidance_scale not in (None, 1, 1.0):
@@ -103,7 +103,7 @@ class Denoiser:
         progress: float | None = None,
         sigma: float | None = None,
     ) -> Any:
-        """The predictions themselves, {"cond": ..., "uncond": ..., "skip": ..., "skip2": ...}, before they are combined."""
+        """The predictions before they are combined: {"cond": ..., "uncond": ..., "skip": ..., "skip2": ...}."""
         return self.predict(self.config.at(progress, sigma), shared, cond, uncond)
 
     def plan(self, step: StepGuidance, *, uncond: bool = True) -> Plan:
@@ -114,7 +114,7 @@ class Denoiser:
         return self._plans[key]
 
     def plans(self, guidance_scale: float | None = None) -> Plan | Plans:
-        """The plan of the config while its skips are on, with uncond unless `guidance_scale` <= 1; per entry of a schedule."""
+        """The config's plan while its skips are on, without uncond if `guidance_scale` <= 1; a schedule's plans."""
         if self.config.schedule is not None:
             return build_plans(self.config, len(self.blocks), guidance_scale=guidance_scale, **self._plan_options())
         uncond = guidance_scale is None or guidance_scale > 1
@@ -123,7 +123,6 @@ class Denoiser:
     def release(self) -> None:
         """Drop what is kept from step to step: prompt keys and values, caption projection."""
         self.memo.clear()
-        self._fingerprint = None
 
     def detach(self) -> None:
         """Take all hooks off; the transformer is as it was. Safe to call twice."""
@@ -150,18 +149,19 @@ class Denoiser:
         if not self._hooked:
             raise RuntimeError("this Denoiser is detached; make a new one")
         forward = self.transformer if forward is None else forward
-        videos = self._check_inputs(shared, cond, uncond)
+        videos = check_inputs(self.transformer, self.spec, shared, cond, uncond)
         plan = self.plan(step, uncond=uncond is not None)
         names = tuple(branch.name for branch in plan.branches)
         if not step.skips:
-            arguments = {**self._rows(shared, len(names)), **self._prompt_rows(cond, uncond, names)}
-            return self._by_branch(forward(**arguments, return_dict=False), names)
+            rows = all_rows(self.spec, names, shared, cond, uncond)
+            return self._by_branch(forward(**rows, return_dict=False), names)
         self._refuse_feature_cache()
         try:
-            self._drop_if_weights_changed()
+            prompt = [*cond.values(), *(() if uncond is None else uncond.values())]
+            self.memo.keep_only(weights_fingerprint(self._once_per_prompt()), prompt)
             self._slot.run = Run(plan, self.spec, videos, self.max_rows)
-            prompt = self._remembered_prompt_rows(cond, uncond, names)
-            outputs = self._by_branch(forward(**self._rows(shared, len(names)), **prompt, return_dict=False), names)
+            rows = all_rows(self.spec, names, shared, cond, uncond, self.memo)
+            outputs = self._by_branch(forward(**rows, return_dict=False), names)
         except BaseException:
             self.release()
             raise
@@ -170,7 +170,9 @@ class Denoiser:
         self._note_differences(step, outputs)
         return outputs
 
-    def combine(self, step: StepGuidance, branches: Mapping[str, Tensor], guidance_scale: float, rescale: float = 0.0) -> Tensor:
+    def combine(
+        self, step: StepGuidance, branches: Mapping[str, Tensor], guidance_scale: float, rescale: float = 0.0
+    ) -> Tensor:
         """`guidance.combine` with this config's conventions; float32. `rescale` stands in where the step has none."""
         return guidance.combine(
             branches["cond"],
@@ -193,55 +195,9 @@ class Denoiser:
             if name not in self.differences:
                 self.differences[name] = guidance.largest_difference(first["cond"], first[name])
 
-    def _rows(self, shared: Inputs, branches: int) -> dict[str, Any]:
-        rows = {name: value for name, value in shared.items() if name in self.spec.latents and value is not None}
-        repeated = {name: value.repeat(branches, *[1] * (value.ndim - 1)) for name, value in rows.items()}
-        return {**shared, **repeated}
-
-    def _prompt_rows(self, cond: Inputs, uncond: Inputs | None, names: tuple[str, ...]) -> dict[str, Any]:
-        sources = [uncond if name == "uncond" else cond for name in names]
-        return {name: None if cond[name] is None else torch.cat([s[name] for s in sources]) for name in cond}
-
-    def _remembered_prompt_rows(self, cond: Inputs, uncond: Inputs | None, names: tuple[str, ...]) -> dict[str, Any]:
-        rows = {}
-        for name, value in cond.items():
-            sources = [uncond if branch == "uncond" else cond for branch in names]
-            inputs = (value,) if uncond is None else (value, uncond[name])
-            tensors = [source[name] for source in sources]
-            rows[name] = None if value is None else self.memo.get((name, names), inputs, lambda t=tensors: torch.cat(t))
-        return rows
-
-    def _drop_if_weights_changed(self) -> None:
-        paths = self.spec.once_per_prompt
-        modules = [self.transformer.get_submodule(path) for path in paths]
-        modules += [block.get_submodule(path) for block in self.blocks for path in self.spec.once_per_prompt_in_block]
-        fingerprint = weights_fingerprint(modules)
-        if fingerprint != self._fingerprint:
-            self.memo.clear()
-            self._fingerprint = fingerprint
-
-    def _check_inputs(self, shared: Inputs, cond: Inputs, uncond: Inputs | None) -> int:
-        known = inspect.signature(type(self.transformer).forward).parameters
-        for field, inputs in (("shared", shared), ("cond", cond), ("uncond", uncond or {})):
-            for name in inputs:
-                if name not in known or name in ("self", "return_dict"):
-                    raise ValueError(f"{field} holds {name!r}, which is not an argument of {type(self.transformer).__name__}")
-                if (name in self.spec.prompt) == (field == "shared"):
-                    where = "cond and uncond" if field == "shared" else "shared"
-                    raise ValueError(f"{field} holds {name!r}; it belongs in {where}")
-        if uncond is not None and set(uncond) != set(cond):
-            raise ValueError(f"uncond holds {sorted(uncond)}; it must hold what cond holds, {sorted(cond)}")
-        videos = shared[self.spec.latents[0]].shape[0]
-        for field, inputs in (("shared", shared), ("cond", cond), ("uncond", uncond or {})):
-            for name, value in inputs.items():
-                if isinstance(value, Tensor) and name in (*self.spec.latents, *self.spec.prompt) and len(value) != videos:
-                    raise ValueError(f"{field}[{name!r}] has {len(value)} rows; {self.spec.latents[0]} has {videos}")
-                if field == "uncond" and isinstance(value, Tensor) and value.shape != cond[name].shape:
-                    raise ValueError(
-                        f"uncond[{name!r}] has shape {tuple(value.shape)}, cond has {tuple(cond[name].shape)}; "
-                        "pad the prompts to one length and pass their masks"
-                    )
-        return videos
+    def _once_per_prompt(self) -> list[nn.Module]:
+        modules = [self.transformer.get_submodule(path) for path in self.spec.once_per_prompt]
+        return modules + [b.get_submodule(path) for b in self.blocks for path in self.spec.once_per_prompt_in_block]
 
     def _check_config(self) -> None:
         if not isinstance(self.config, STGConfig):
@@ -255,7 +211,8 @@ class Denoiser:
         name = self.spec.presets.get(len(self.blocks))
         if name is None:
             raise ValueError(
-                f"config=None is not allowed: no preset was published for {self.spec.family} with {len(self.blocks)} blocks"
+                f"config=None is not allowed: no preset was published for {self.spec.family} "
+                f"with {len(self.blocks)} blocks"
             )
         return PRESETS[name].config
 
@@ -265,8 +222,8 @@ class Denoiser:
     def _refuse_feature_cache(self) -> None:
         if getattr(self.transformer, "is_cache_enabled", False):
             raise RuntimeError(
-                "a diffusers feature cache is enabled on the transformer; it keeps residuals of a fixed batch and mixes up "
-                "branches whose rows come and go. Call transformer.disable_cache(), or set scale=0.0"
+                "a diffusers feature cache is enabled on the transformer; it keeps residuals of a fixed batch and mixes "
+                "up branches whose rows come and go. Call transformer.disable_cache(), or set scale=0.0"
             )
 
     def _install(self) -> None:

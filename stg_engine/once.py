@@ -15,17 +15,29 @@ from stg_engine.rows import ArgumentHook, Slot, chunk_ranges
 class Memo:
     """Results of pure functions of tensors that stay the same for many steps.
 
-    An entry is found by the memory that a tensor views and its version counter, and holds the tensor, so that the memory
-    cannot be given to another one. In-place writes raise the version and miss. Tensors without a version counter
-    (`torch.inference_mode`) and calls that record gradients are computed anew every time.
+    An entry is found by the memory that a tensor views and its version counter, and holds the tensor, so that the
+    memory cannot be given to another one. In-place writes raise the version and miss. Tensors without a version
+    counter (`torch.inference_mode`) and calls that record gradients are computed anew every time.
     """
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, tuple[tuple[Tensor, ...], Any, tuple[int, ...]]] = {}
         self._owned: set[int] = set()
+        self._source: Hashable = None
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def keep_only(self, source: Hashable, prompt: Iterable[Tensor | None]) -> None:
+        """Clear everything unless `source` (a fingerprint of the weights) and `prompt` are those of the last call.
+
+        What is kept is bounded by one prompt, also in a loop that makes its embeddings anew in every step.
+        """
+        tensors = [tensor for tensor in prompt if tensor is not None and not tensor.is_inference()]
+        source = (source, *map(_view_of_memory, tensors))
+        if source != self._source:
+            self.clear()
+            self._source = source
 
     def get(self, name: Hashable, inputs: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, or what it returned when it was last called for `name` and these inputs."""
@@ -46,6 +58,7 @@ class Memo:
     def clear(self) -> None:
         self._entries.clear()
         self._owned.clear()
+        self._source = None
 
 
 def _view_of_memory(tensor: Tensor) -> Hashable:
@@ -109,8 +122,8 @@ class OncePerStep(ArgumentHook):
 class TimeEmbedding(ModelHook):
     """Maps the timesteps of one branch, each distinct value once; all branches get the result.
 
-    Values are sought only where tokens have timesteps of their own: it waits for the device once per step. With `max_rows`
-    every row keeps its full list of timesteps, so that its result is bitwise that of a pass run alone.
+    Values are sought only where tokens have timesteps of their own: it waits for the device once per step. With
+    `max_rows` every row keeps its full list of timesteps, so that its result is bitwise that of a pass run alone.
     """
 
     def __init__(self, slot: Slot) -> None:

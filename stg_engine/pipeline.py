@@ -1,8 +1,8 @@
 """attach(pipe, config): guided steps inside a diffusers pipeline. The only file that knows a pipeline.
 
-A hook on the transformer returns the final guided prediction in every row that the pipeline asked for, in float32, so that
-the pipeline's own guidance is the identity: `r + g (r - r) = r`, exact in floating point. Steps without skip branches go
-through untouched.
+A hook on the transformer returns the final guided prediction in every row that the pipeline asked for, in float32, so
+that the pipeline's own guidance is the identity: `r + g (r - r) = r`, exact in floating point. Steps without skip
+branches go through untouched.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def attach(
     config     None takes the preset published for the model
     execution, max_rows, kernels   see `Denoiser`
 
-    The guidance scale, negative prompt, guidance_rescale, callbacks and so on are the pipeline's own. Returns an `Engine`,
-    also a context manager. Raises `TypeError` for a pipeline that is not supported, `ValueError` for a wrong setting.
+    The guidance scale, negative prompt, guidance_rescale, callbacks and so on are the pipeline's own. Returns an
+    `Engine`, also a context manager. Raises `TypeError` for a pipeline that is not supported, `ValueError` for a wrong
+    setting.
     """
     names = [base.__name__ for base in type(pipe).__mro__]
     if not any(name in PIPELINES for name in names):
@@ -90,13 +91,13 @@ class Engine:
         self.detach()
 
     def predict(self, forward: Any, arguments: dict[str, Any]) -> Any:
-        """The transformer's call in a step: `arguments` with rows [uncond, cond] or [cond] -> the guided prediction."""
+        """The transformer's call in a step: rows [uncond, cond] or [cond] -> the guided prediction."""
         if not any(skip.scale > 0 for skip in self.config.skips):
             return forward(**arguments)
         if self._step is None:
             raise RuntimeError(
-                f"the transformer was called outside the denoising loop of the {type(self.pipe).__name__} that stg_engine "
-                "is attached to; attach to the pipeline that runs, or use stg_engine.Denoiser in a loop of your own"
+                f"the transformer was called outside the denoising loop of the {type(self.pipe).__name__} that "
+                "stg_engine is attached to; attach to the pipeline that runs, or use stg_engine.Denoiser in a loop of your own"
             )
         step = self.config.at(self._step / max(self.pipe.num_timesteps, 1), self._sigma())
         self._step += 1
@@ -128,7 +129,9 @@ class Engine:
         videos = arguments[spec.latents[0]].shape[0] // copies
         prompt = {name: arguments[name] for name in spec.prompt if name in arguments}
         shared = {name: value for name, value in arguments.items() if name not in prompt}
-        shared.update({name: value[:videos] for name, value in shared.items() if name in spec.latents and value is not None})
+        shared.update(
+            {name: value[:videos] for name, value in shared.items() if name in spec.latents and value is not None}
+        )
         for name, value in prompt.items():
             # A callback may switch CFG off and leave the negative rows in front of the mask, which it cannot reach.
             if value is not None and len(value) != copies * videos and (copies, len(value)) != (1, 2 * videos):
@@ -152,8 +155,7 @@ class Engine:
     def _denoising_loop(self) -> Iterator[None]:
         self._check_hooked()
         denoiser, device = self.denoiser, self.denoiser.transformer.device
-        uncond_scale = self.pipe.guidance_scale if self.config.schedule or not self.pipe.do_classifier_free_guidance else None
-        self._report = new_report(denoiser, denoiser.plans(uncond_scale))
+        self._report = new_report(denoiser, denoiser.plans(self.pipe.guidance_scale))
         self._step, denoiser.differences = 0, {}
         # The loop may run the tail of the scheduler's timesteps (strength below 1); their values are read once, here.
         timesteps = self.pipe.scheduler.timesteps[-self.pipe.num_timesteps :].tolist() if self.config.schedule else []
@@ -181,8 +183,8 @@ class Engine:
             yield entered
 
     def _guarded_progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
-        # Every diffusers loop runs inside `with self.progress_bar(total=...)`: the one place that sees a call begin, end,
-        # be interrupted or raise.
+        # Every diffusers loop runs inside `with self.progress_bar(total=...)`: the one place that sees a call begin,
+        # end, be interrupted or raise.
         bar = self._progress_bar(iterable, total) if iterable is not None else self._progress_bar(total=total)
         return bar if iterable is not None else self._guarded(bar)
 

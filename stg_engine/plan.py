@@ -1,8 +1,8 @@
 """Which branches have rows of their own at which block. Pure data: no tensors, no model.
 
-Two branches whose inputs are equal stay equal until a block treats them differently: the first skipped layer parts a skip
-branch from cond, the first block that reads the prompt parts uncond from cond. Up to that block, the fork, one of them
-needs no rows. This is exact: the same function of the same data is computed once.
+Two branches whose inputs are equal stay equal until a block treats them differently: the first skipped layer parts a
+skip branch from cond, the first block that reads the prompt parts uncond from cond. Up to that block, the fork, one of
+them needs no rows. This is exact: the same function of the same data is computed once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 from stg_engine.config import Skip, StepGuidance, STGConfig
 
@@ -67,7 +68,7 @@ class Plan:
         shares_attention: bool = True,
         title: str = "",
     ) -> Plan:
-        """The plan of one step. Raises `ValueError` for a layer the model does not have, or a config with a schedule."""
+        """The plan of one step. `ValueError` for a layer that the model does not have, or a config with a schedule."""
         if isinstance(guidance, STGConfig):
             if guidance.schedule is not None:
                 raise ValueError("schedule has a plan per entry; use stg_engine.plan.build_plans")
@@ -110,7 +111,7 @@ class Plan:
         )
 
     def shared_attention(self, block: int) -> Mapping[str, str]:
-        """Branches whose self-attention input in this block equals another's, with that other: they differ by prompt only."""
+        """Branches whose self-attention input in this block equals that of another branch: {branch: the other}."""
         if block != self.prompt_block or not self.shares_attention:
             return {}
         by_name = {branch.name: branch for branch in self.branches}
@@ -155,7 +156,9 @@ class Plan:
             table.append([branch.name, *(columns[run[0]][i] for run in ranges), self._origin(branch)])
         table.append(["rows", *(str(len(self.rows[run[0]])) for run in ranges), ""])
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
         used = {state for column in columns for state in column}
         legend = [f"{mark} {meaning}" for mark, meaning in LEGEND.items() if mark in used]
         return "\n".join([*([self.title] if self.title else []), *lines, "", *legend, "", self.cost_line()])
@@ -189,7 +192,7 @@ class Plans(tuple[Plan, ...]):
         return "\n\n".join("\n".join([*titles, picture]) for picture, titles in pictures.items())
 
 
-def build_plans(config: STGConfig, num_blocks: int, *, guidance_scale: float | None = None, **options) -> Plans:
+def build_plans(config: STGConfig, num_blocks: int, *, guidance_scale: float | None = None, **options: Any) -> Plans:
     """One plan per entry of `config.schedule`. Entries with guidance scale 1 have no uncond branch.
 
     `guidance_scale` stands in where an entry leaves it to the caller; `options` are those of `Plan.build`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ def attention_backend(attention: nn.Module) -> str:
     return f"diffusers {getattr(backend, 'value', backend)}"
 
 
-def new_report(denoiser, plan: Plan | Plans) -> Report:
+def new_report(denoiser: Any, plan: Plan | Plans) -> Report:
     """An empty report of a `Denoiser`."""
     weight = next(denoiser.transformer.parameters())
     return Report(

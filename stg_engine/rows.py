@@ -1,8 +1,8 @@
 """Narrow and widen rows at block borders: the block hook, and the state of one guided forward.
 
-The transformer runs with rows for all branches, [K * B, ...] in the plan's order. In front of block b the hook keeps the
-rows that `plan.rows[b]` names, copies a branch's rows from its parent where it forks, and sets aside the rows of a branch
-that a residual skip passes through; behind the last block all rows are back.
+The transformer runs with rows for all branches, [K * B, ...] in the plan's order. In front of block b the hook keeps
+the rows that `plan.rows[b]` names, copies a branch's rows from its parent where it forks, and sets aside the rows of a
+branch that a residual skip passes through; behind the last block all rows are back.
 """
 
 from __future__ import annotations
@@ -102,7 +102,10 @@ class Run:
             values = self.spec.value_passthrough(module, select(arguments[carriers[0]], skipped))
             results = {self._current[i]: value for i, value in zip(skipped, values.split(1), strict=True)}
         return torch.cat(
-            [results[row] if row in results else self._attended[owner] for row, owner in zip(self._current, owners, strict=True)]
+            [
+                results[row] if row in results else self._attended[owner]
+                for row, owner in zip(self._current, owners, strict=True)
+            ]
         )
 
     def _receive(self, index: int, streams: tuple[Tensor, ...]) -> None:
@@ -208,7 +211,7 @@ HOOK_NAME = "stg_engine"
 
 @contextmanager
 def below_accelerate(module: nn.Module) -> Iterator[None]:
-    """Work under Hugging Face Accelerate's wrapper of `module.forward`, which every offloaded call takes off and puts back."""
+    """Work under Hugging Face Accelerate's wrapper of `module.forward`, which offloading takes off and puts back."""
     outer = module.__dict__.get("forward") if hasattr(module, "_hf_hook") else None
     if outer is not None:
         module.forward = module._old_forward

@@ -68,7 +68,9 @@ _SPECS: dict[str, ModelSpec] = {}
 def register(spec: ModelSpec) -> ModelSpec:
     """Make a family known under its transformer's class name. Raises `ValueError` if the name is taken."""
     if spec.transformer in _SPECS and _SPECS[spec.transformer] != spec:
-        raise ValueError(f"transformer={spec.transformer!r} is registered already, for {_SPECS[spec.transformer].family}")
+        raise ValueError(
+            f"transformer={spec.transformer!r} is registered already, for {_SPECS[spec.transformer].family}"
+        )
     _SPECS[spec.transformer] = spec
     return spec
 

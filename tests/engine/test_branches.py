@@ -35,7 +35,10 @@ def of_video(inputs, video):
 def video_by_video(transformer, config, shared, cond, uncond):
     """Each pass of each video as a call of its own."""
     videos = len(shared["hidden_states"])
-    alone = [passes_one_by_one(transformer, config.skips, *(of_video(i, v) for i in (shared, cond, uncond))) for v in range(videos)]
+    alone = [
+        passes_one_by_one(transformer, config.skips, *(of_video(i, v) for i in (shared, cond, uncond)))
+        for v in range(videos)
+    ]
     return {name: torch.cat([branches[name] for branches in alone]) for name in alone[0]}
 
 
@@ -129,7 +132,9 @@ def test_only_the_planned_rows_are_computed(transformer):
     assert [rows[i, "attn1.to_q"] for i in range(4)] == [1, 2, 2, 3]
 
 
-@pytest.mark.parametrize("settings", [{}, {"rescale": 0.7}, {"cfg_star": True}, {"rescale": 0.4, "rescale_over": "batch"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"rescale": 0.7}, {"cfg_star": True}, {"rescale": 0.4, "rescale_over": "batch"}], ids=str
+)
 @pytest.mark.parametrize("with_uncond", [True, False], ids=["cfg", "no_cfg"])
 def test_guided_prediction(transformer, settings, with_uncond):
     shared, cond, uncond = tiny_inputs(2)
@@ -150,19 +155,29 @@ def test_bf16_is_within_the_error_of_the_plain_forward():
         weight.data = rounded.data.double()
     shared, cond, uncond = tiny_inputs(3, per_token=True, dtype=torch.bfloat16)
     config = STGConfig(layers=(2,))
-    double = [{k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in i.items()} for i in (shared, cond, uncond)]
+    double = [
+        {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in i.items()}
+        for i in (shared, cond, uncond)
+    ]
     exact = passes_one_by_one(exact_model, config.skips, *double)
     plain = passes_one_by_one(model, config.skips, shared, cond, uncond)
     with Denoiser(model, config) as denoiser:
         engine = denoiser.branches(shared, cond, uncond)
-    for get in (lambda b: b["cond"], lambda b: b["uncond"], lambda b: b["skip"], lambda b: b["cond"].double() - b["skip"].double()):
+    for get in (
+        lambda b: b["cond"],
+        lambda b: b["uncond"],
+        lambda b: b["skip"],
+        lambda b: b["cond"].double() - b["skip"].double(),
+    ):
         budget = (get(plain).double() - get(exact)).norm()
         error = (get(engine).double() - get(exact)).norm()
         # Another summation order moves single roundings either way: 10 % of the budget for that.
         assert error <= 1.1 * budget
 
 
-@pytest.mark.parametrize("config", [STGConfig(layers=(1,), scale=0.0), STGConfig(layers=(1,), start=0.5)], ids=["scale_0", "outside"])
+@pytest.mark.parametrize(
+    "config", [STGConfig(layers=(1,), scale=0.0), STGConfig(layers=(1,), start=0.5)], ids=["scale_0", "outside"]
+)
 def test_steps_without_skips_are_plain_diffusers(transformer, config):
     shared, cond, uncond = tiny_inputs(2)
     rows = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in shared.items()}
@@ -207,4 +222,6 @@ def test_an_error_inside_the_forward_leaves_the_denoiser_usable(transformer):
             denoiser.branches(shared, cond, uncond)
         failing.remove()
         assert len(denoiser.memo) == 0
-        assert all(torch.equal(value, expected[name]) for name, value in denoiser.branches(shared, cond, uncond).items())
+        assert all(
+            torch.equal(value, expected[name]) for name, value in denoiser.branches(shared, cond, uncond).items()
+        )

@@ -29,7 +29,10 @@ WRONG = [
     ({"start": 0.5, "stop": 0.5}, "start=0.5 is not allowed; it must be below stop=0.5"),
     ({"extra_skips": ((3,),)}, r"extra_skips holds \(3,\)"),
     ({"extra_skips": (Skip((19,), 2.0),)}, "repeats a branch"),
-    ({"schedule": STGSchedule((ScheduleEntry(1.0),), "at_or_below")}, r"layers=\(19,\) is not allowed beside a schedule"),
+    (
+        {"schedule": STGSchedule((ScheduleEntry(1.0),), "at_or_below")},
+        r"layers=\(19,\) is not allowed beside a schedule",
+    ),
     ({"rescale_over": "video"}, "rescale_over='video'"),
     ({"arithmetic": "bf16"}, "arithmetic='bf16'"),
     ({"cfg_star": "yes"}, "cfg_star='yes'"),
@@ -69,7 +72,9 @@ def test_layers_are_sorted_and_any_sequence_will_do():
     assert hash(STGConfig(layers=[19])) == hash(STGConfig(layers=(19,)))
 
 
-@pytest.mark.parametrize(("progress", "on"), [(0.0, False), (0.2, True), (0.5, True), (0.79, True), (0.8, False), (1.0, False)])
+@pytest.mark.parametrize(
+    ("progress", "on"), [(0.0, False), (0.2, True), (0.5, True), (0.79, True), (0.8, False), (1.0, False)]
+)
 def test_window(progress, on):
     step = STGConfig(layers=(1,), rescale=0.7, start=0.2, stop=0.8).at(progress)
     assert bool(step.skips) == on

@@ -70,7 +70,10 @@ def test_detached(transformer):
         (lambda s, c, u: u.pop("encoder_attention_mask"), "uncond holds .*must hold what cond holds"),
         (lambda s, c, u: s.update(timestep=s["timestep"][:1]), r"shared\['timestep'\] has 1 rows; hidden_states has 2"),
         (lambda s, c, u: c.update(encoder_attention_mask=c["encoder_attention_mask"][:1]), "has 1 rows"),
-        (lambda s, c, u: u.update(encoder_hidden_states=u["encoder_hidden_states"][:, :3]), "pad the prompts to one length"),
+        (
+            lambda s, c, u: u.update(encoder_hidden_states=u["encoder_hidden_states"][:, :3]),
+            "pad the prompts to one length",
+        ),
     ],
 )
 def test_inputs(denoiser, change, message):
@@ -90,7 +93,10 @@ def test_guidance_scale_and_uncond_go_together(denoiser):
 
 def test_step_position_is_asked_for(transformer):
     shared, cond, uncond = tiny_inputs()
-    with Denoiser(transformer, STGConfig(layers=(1,), stop=0.5)) as denoiser, pytest.raises(ValueError, match="progress=None"):
+    with (
+        Denoiser(transformer, STGConfig(layers=(1,), stop=0.5)) as denoiser,
+        pytest.raises(ValueError, match="progress=None"),
+    ):
         denoiser(shared, cond, uncond, guidance_scale=3.0)
 
 

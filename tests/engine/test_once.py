@@ -140,9 +140,20 @@ def test_memory_does_not_grow_with_the_steps(transformer):
     assert sizes[0] == sizes[-1] > 0
 
 
+def test_memory_is_bounded_where_every_step_has_another_prompt(transformer):
+    sizes = []
+    with Denoiser(transformer, CONFIG) as denoiser:
+        for step in range(4):
+            denoiser.branches(*tiny_inputs(seed=step))
+            sizes.append(len(denoiser.memo))
+    assert sizes == [sizes[0]] * 4
+
+
 def test_a_freed_tensor_is_not_taken_for_a_new_one():
     memo = Memo()
-    results = [memo.get("double", (torch.full((1000,), float(i)),), lambda i=i: torch.tensor([2.0 * i])) for i in range(50)]
+    results = [
+        memo.get("double", (torch.full((1000,), float(i)),), lambda i=i: torch.tensor([2.0 * i])) for i in range(50)
+    ]
     assert [result.item() for result in results] == [2.0 * i for i in range(50)]
 
 

@@ -31,7 +31,9 @@ def simulated_block_rows(plan):
 def plans(draw):
     num_blocks = draw(st.integers(1, 12))
     layers = st.sets(st.integers(0, num_blocks - 1), min_size=1).map(lambda s: tuple(sorted(s)))
-    skips = draw(st.lists(st.builds(Skip, layers, mode=st.sampled_from(["residual", "attention"])), max_size=4, unique=True))
+    skips = draw(
+        st.lists(st.builds(Skip, layers, mode=st.sampled_from(["residual", "attention"])), max_size=4, unique=True)
+    )
     return Plan.build(
         StepGuidance(tuple(skips)),
         num_blocks,
@@ -71,13 +73,18 @@ def test_every_branch_is_drawn_with_a_mark_per_range(plan):
     covered = [int(n) for r in ranges for n in range(int(r.split("-")[0]), int(r.split("-")[-1]) + 1)]
     assert covered == list(range(plan.num_blocks))
     counts = lines[len(plan.branches) + 1].split()[1:]
-    assert sum(int(n) * (int(r.split("-")[-1]) - int(r.split("-")[0]) + 1) for n, r in zip(counts, ranges, strict=True)) == plan.block_rows
+    assert (
+        sum(int(n) * (int(r.split("-")[-1]) - int(r.split("-")[0]) + 1) for n, r in zip(counts, ranges, strict=True))
+        == plan.block_rows
+    )
 
 
 def test_ltx_video_2b():
     plan = Plan.build(STGConfig.preset("ltx-video-2b"), 28)
     assert (plan.block_rows, round(plan.pass_equivalents, 2)) == (64, 2.29)
-    assert str(plan) == """\
+    assert (
+        str(plan)
+        == """\
 blocks  0  1-18  19  20-27
 uncond  +  #     #   #      forks from cond in block 0: its prompt enters
 cond    #  #     #   #
@@ -90,6 +97,7 @@ rows    2  2     2   3
 o passes through (residual skip), no rows
 
 64 of 84 block-rows: 2.29 pass-equivalents instead of 3.00 (1.31x)"""
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,12 @@ TEXT_CHANNELS = 32
 
 
 def tiny_transformer(
-    num_layers: int = 4, heads: int = 4, head_dim: int = 8, channels: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32
+    num_layers: int = 4,
+    heads: int = 4,
+    head_dim: int = 8,
+    channels: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> LTXVideoTransformer3DModel:
     torch.manual_seed(seed)
     model = LTXVideoTransformer3DModel(
@@ -28,7 +33,13 @@ def tiny_transformer(
 
 
 def tiny_inputs(
-    videos: int = 1, *, per_token: bool = False, tokens: int = 6, channels: int = 8, seed: int = 1, dtype: torch.dtype = torch.float32
+    videos: int = 1,
+    *,
+    per_token: bool = False,
+    tokens: int = 6,
+    channels: int = 8,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """(shared, cond, uncond) for 2 x 3 x 4 latents; prompts have unequal lengths, given by masks."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +64,8 @@ def tiny_inputs(
         "rope_interpolation_scale": (8 / 25, 32, 32),
     }
     cond, uncond = (
-        {"encoder_hidden_states": normal(videos, tokens, TEXT_CHANNELS), "encoder_attention_mask": mask} for mask in masks
+        {"encoder_hidden_states": normal(videos, tokens, TEXT_CHANNELS), "encoder_attention_mask": mask}
+        for mask in masks
     )
     return shared, cond, uncond
 
@@ -89,7 +101,14 @@ def tiny_pipeline(kind: type = LTXPipeline, *, num_layers: int = 4, seed: int = 
     pieces = ["<pad>", "</s>", "<unk>", "▁", *letters, *(f"▁{letter}" for letter in letters)]
     torch.manual_seed(seed)
     text = T5Config(
-        vocab_size=128, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, relative_attention_num_buckets=8, dropout_rate=0.0
+        vocab_size=128,
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        dropout_rate=0.0,
     )
     parts = {
         "transformer": tiny_transformer(num_layers, seed=seed),
@@ -104,7 +123,14 @@ def tiny_pipeline(kind: type = LTXPipeline, *, num_layers: int = 4, seed: int = 
     return pipe
 
 
-CALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3, "max_sequence_length": 16, "output_type": "latent"}
+CALL = {
+    "height": 32,
+    "width": 32,
+    "num_frames": 9,
+    "num_inference_steps": 3,
+    "max_sequence_length": 16,
+    "output_type": "latent",
+}
 """Arguments of a short call of a tiny pipeline."""
 
 

@@ -1,4 +1,4 @@
-"""Pytest plugin for diffusers' own tests: offline, outcomes to a file, with STG_PEERS_ENGINE=1 the engine at scale 0.
+"""Pytest plugin for diffusers' own tests: offline, outcomes to a file, and with STG_PEERS_SCALE the engine on.
 
 Loaded with `-p`, so the installed diffusers is imported before the checkout's conftest puts its own src/ first.
 """
@@ -25,9 +25,9 @@ def pytest_configure(config):
     offline.block_network()
     serve_locally(transformers.AutoConfig, tiny_t5_config)
     serve_locally(transformers.AutoTokenizer, tiny_t5_tokenizer)
-    if os.environ.get("STG_PEERS_ENGINE") == "1":
+    if scale := os.environ.get("STG_PEERS_SCALE"):
         for name in PIPELINES:
-            attach_on_init(getattr(diffusers, name))
+            attach_on_init(getattr(diffusers, name), float(scale))
 
 
 def tiny_t5_config():
@@ -60,7 +60,7 @@ def serve_locally(auto, make):
     auto.from_pretrained = from_pretrained
 
 
-def attach_on_init(pipeline_class):
+def attach_on_init(pipeline_class, scale):
     """Every pipeline the tests build has the engine; the newest pipeline of a shared transformer holds it."""
     import stg_engine
 
@@ -75,7 +75,7 @@ def attach_on_init(pipeline_class):
             return
         if transformer in engines:
             engines.pop(transformer).detach()
-        engines[transformer] = stg_engine.attach(self, stg_engine.STGConfig(layers=(0,), scale=0.0))
+        engines[transformer] = stg_engine.attach(self, stg_engine.STGConfig(layers=(0,), scale=scale))
         attached += 1
 
     pipeline_class.__init__ = wrapped

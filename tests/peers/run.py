@@ -1,6 +1,6 @@
 """diffusers' own LTX pipeline tests, plain and with the engine at scale 0: what passes plain must pass with it.
 
-    python tests/peers/run.py <checkout of diffusers> [pytest arguments]
+    python tests/peers/run.py <checkout of diffusers> [--scale 0] [pytest arguments]
 
 The checkout should have the version of the installed diffusers, which is what is tested. Exit status 1 on a regression.
 """
@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 FILES = ("test_ltx.py", "test_ltx_image2video.py", "test_ltx_condition.py")
 
 
-def run(checkout, arguments, engine):
+def run(checkout, arguments, scale=""):
     """Outcome by test name, and how many pipelines had the engine."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "outcomes.json")
@@ -27,7 +27,7 @@ def run(checkout, arguments, engine):
             "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
             "PYTHONDONTWRITEBYTECODE": "1",  # the checkout stays as it is
             "HF_HUB_OFFLINE": "1",
-            "STG_PEERS_ENGINE": str(int(engine)),
+            "STG_PEERS_SCALE": scale,
             "STG_PEERS_OUT": str(out),
         }
         files = [f"tests/pipelines/ltx/{name}" for name in FILES]
@@ -42,14 +42,15 @@ def run(checkout, arguments, engine):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
+    parser.add_argument("--scale", default="0", help="0 must equal plain diffusers; 1 puts skip rows to the same tests")
     options, arguments = parser.parse_known_args()
 
     source = options.checkout / "src/diffusers/__init__.py"
     theirs = re.search(r'__version__ = "(.+)"', source.read_text())[1]
     print(f"tests of diffusers {theirs}, run on diffusers {version('diffusers')}")
 
-    plain, _ = run(options.checkout, arguments, engine=False)
-    engine, attached = run(options.checkout, arguments, engine=True)
+    plain, _ = run(options.checkout, arguments)
+    engine, attached = run(options.checkout, arguments, options.scale)
 
     print(f"\n{'plain':8} {'engine':8} test (those that passed or were skipped in both runs are left out)")
     for name in sorted(plain.keys() | engine.keys()):

@@ -1,0 +1,102 @@
+"""One measurement, one CSV row. Rows are appended, never edited; the file is replaced whole, never half-written."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+import diffusers
+import torch
+
+import stg_engine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Engine against plain passes, seconds per step: medians of `samples` interleaved runs, with their quartiles.
+
+    error, budget   relative error of the guided prediction against float64: the engine's, the plain passes'
+    bound           block-rows of plain passes / block-rows of the plan
+    """
+
+    case: str
+    plain: str
+    plain_seconds: float
+    plain_iqr: float
+    engine_seconds: float
+    engine_iqr: float
+    samples: int
+    bound: float
+    error: float
+    budget: float
+    dtype: str
+    device: str
+    threads: int
+    torch: str
+    diffusers: str
+    stg_engine: str
+    commit: str
+    date: str
+
+    @property
+    def speedup(self) -> float:
+        return self.plain_seconds / self.engine_seconds
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """The fields of a row that say where it was measured."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "stg_engine": stg_engine.__version__,
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row to a CSV file."""
+    rows = [*read(path), row]
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(r).items()} for r in rows)
+    temporary.replace(path)
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a CSV file; none if there is no file."""
+    if not path.exists():
+        return []
+    kinds = {"float": float, "int": int, "str": str}
+    with path.open(newline="") as file:
+        return [
+            Row(**{field.name: kinds[str(field.type)](row[field.name]) for field in fields(Row)})
+            for row in csv.DictReader(file)
+        ]
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        if cpuinfo.exists()
+        else []
+    )
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"

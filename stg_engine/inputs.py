@@ -1,0 +1,72 @@
+"""The inputs of a guided step: checked, and laid out as rows for all branches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stg_engine.models import ModelSpec
+from stg_engine.once import Memo
+
+Inputs = Mapping[str, Any]
+
+
+def check_inputs(transformer: nn.Module, spec: ModelSpec, shared: Inputs, cond: Inputs, uncond: Inputs | None) -> int:
+    """The number of videos B. Raises `ValueError` that names what is missing, misplaced or of the wrong size."""
+    known = inspect.signature(type(transformer).forward).parameters
+    groups = {"shared": shared, "cond": cond, "uncond": {} if uncond is None else uncond}
+    for group, inputs in groups.items():
+        for name in inputs:
+            if name not in known or name in ("self", "return_dict"):
+                raise ValueError(f"{group} holds {name!r}, which is not an argument of {type(transformer).__name__}")
+            if (name in spec.prompt) == (group == "shared"):
+                where = "cond and uncond" if group == "shared" else "shared"
+                raise ValueError(f"{group} holds {name!r}; it belongs in {where}")
+    if uncond is not None and set(uncond) != set(cond):
+        raise ValueError(f"uncond holds {sorted(uncond)}; it must hold what cond holds, {sorted(cond)}")
+    first = spec.latents[0]
+    if first not in shared:
+        raise ValueError(f"shared holds {sorted(shared)}; it must hold {first!r}")
+    videos = len(shared[first])
+    for group, inputs in groups.items():
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor) or name not in (*spec.latents, *spec.prompt):
+                continue
+            if len(value) != videos:
+                raise ValueError(f"{group}[{name!r}] has {len(value)} rows; {first} has {videos}")
+            if group == "uncond" and value.shape != cond[name].shape:
+                raise ValueError(
+                    f"uncond[{name!r}] has shape {tuple(value.shape)}, cond has {tuple(cond[name].shape)}; "
+                    "pad the prompts to one length and pass their masks"
+                )
+    return videos
+
+
+def all_rows(
+    spec: ModelSpec,
+    names: tuple[str, ...],
+    shared: Inputs,
+    cond: Inputs,
+    uncond: Inputs | None,
+    memo: Memo | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments with the rows of branches `names`, [K * B, ...] in that order; `memo` keeps the prompts'."""
+    rows = dict(shared)
+    for name in spec.latents:
+        if shared.get(name) is not None:
+            rows[name] = shared[name].repeat(len(names), *[1] * (shared[name].ndim - 1))
+    for name, value in cond.items():
+        other = value if uncond is None else uncond[name]
+        if value is None:
+            rows[name] = None
+            continue
+
+        def stack(value: Tensor = value, other: Tensor = other) -> Tensor:
+            return torch.cat([other if branch == "uncond" else value for branch in names])
+
+        rows[name] = stack() if memo is None else memo.get((name, names), (value, other), stack)
+    return rows
