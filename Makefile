@@ -1,4 +1,4 @@
-# make demo | test | check | bench | peers DIFFUSERS=<checkout>; every one builds the virtual environment it needs.
+# make demo | test | check | bench | readme | peers DIFFUSERS=<checkout>; every one builds the virtual environment it needs.
 VENV   ?= .venv
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -8,7 +8,7 @@ CLIP   ?= demo/clip.mp4
 PROMPT ?= a red circle moving right on a gray background
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench peers checkout clean
+.PHONY: demo test check bench readme peers checkout clean
 
 demo: $(VENV)/.base
 	@mkdir -p $(dir $(CLIP))
@@ -24,6 +24,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+readme: $(VENV)/.test
+	$(BIN)/python -m benchmarks.readme
 
 peers: checkout $(VENV)/.peers
 	$(BIN)/python tests/peers/run.py "$(DIFFUSERS)" $(ARGS)

@@ -222,8 +222,8 @@ class Denoiser:
     def _refuse_feature_cache(self) -> None:
         if getattr(self.transformer, "is_cache_enabled", False):
             raise RuntimeError(
-                "a diffusers feature cache is enabled on the transformer; it keeps residuals of a fixed batch and mixes "
-                "up branches whose rows come and go. Call transformer.disable_cache(), or set scale=0.0"
+                "a diffusers feature cache is enabled on the transformer; it keeps residuals of a fixed batch and "
+                "mixes up branches whose rows come and go. Call transformer.disable_cache(), or set scale=0.0"
             )
 
     def _install(self) -> None:

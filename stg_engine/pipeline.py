@@ -97,7 +97,7 @@ class Engine:
         if self._step is None:
             raise RuntimeError(
                 f"the transformer was called outside the denoising loop of the {type(self.pipe).__name__} that "
-                "stg_engine is attached to; attach to the pipeline that runs, or use stg_engine.Denoiser in a loop of your own"
+                "stg_engine is attached to; attach to the pipeline that runs, or use a Denoiser in a loop of your own"
             )
         step = self.config.at(self._step / max(self.pipe.num_timesteps, 1), self._sigma())
         self._step += 1

@@ -16,6 +16,7 @@ LAYERS = [
     {"presets", "plan", "guidance"},
     {"rows"},
     {"models", "fused", "once"},
+    {"inputs"},
     {"denoiser", "reference"},
     {"report", "compare"},
     {"pipeline", "export"},

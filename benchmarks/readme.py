@@ -1,0 +1,95 @@
+"""Write the README's generated parts: `python -m benchmarks.readme`; `--check` only compares, exit status 1 if stale.
+
+Each part stands between `<!-- NAME -->` and `<!-- /NAME -->`. Costs come from `stg_engine.plan`, times from the CSV.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from benchmarks import record
+from stg_engine import Plan, Skip, STGConfig
+from stg_engine.config import StepGuidance
+from stg_engine.plan import build_plans
+
+README = Path(__file__).parents[1] / "README.md"
+YES, NO = "yes", "planned"
+
+# model, blocks, published skip, uncond branch, supported
+PUBLISHED = [
+    ("LTX-Video 2B", 28, Skip((19,)), True, YES),
+    ("LTX-Video 2B, attention skip", 28, Skip((19,), mode="attention"), True, YES),
+    ("LTX-Video 13B, second pass, no CFG", 48, Skip((27,), mode="attention"), False, YES),
+    ("Mochi", 48, Skip((34,)), True, NO),
+    ("CogVideoX-5B", 42, Skip((11,)), True, NO),
+    ("CogVideoX-2B", 30, Skip((11,)), True, NO),
+    ("Wan 2.1 1.3B", 30, Skip((8,)), True, NO),
+    ("Wan 2.1 14B", 40, Skip((8,)), True, NO),
+    ("HunyuanVideo, no CFG", 60, Skip((2,)), False, NO),
+]
+STEPS_13B = (1, 2, 2, 5, 4, 5, 8)
+"""Executed steps per entry of the "ltx-video-13b" schedule, 27 in all (tests/engine/test_config.py)."""
+
+
+def plan_picture() -> str:
+    return f"```\n{Plan.build(STGConfig.preset('ltx-video-2b'), 28)}\n```"
+
+
+def cost_table() -> str:
+    rows = []
+    for model, blocks, skip, uncond, supported in PUBLISHED:
+        plan = Plan.build(StepGuidance((skip,)), blocks, uncond=uncond)
+        layers = f"{', '.join(map(str, skip.layers))} of {blocks}"
+        rows.append((model, layers, len(plan.branches) * blocks, plan.block_rows, blocks, supported))
+    schedule = build_plans(STGConfig.preset("ltx-video-13b"), 48)
+    full = sum(n * len(plan.branches) * 48 for n, plan in zip(STEPS_13B, schedule, strict=True))
+    shared = sum(n * plan.block_rows for n, plan in zip(STEPS_13B, schedule, strict=True))
+    rows.insert(2, ("LTX-Video 13B, first pass, 27 steps", "schedule", full, shared, 48, YES))
+    lines = ["| model | layers skipped | passes apart | shared | bound | supported |", "|---|---|---|---|---|---|"]
+    for model, layers, apart, shared, blocks, supported in rows:
+        cost = f"{apart / blocks:.2f} | {shared / blocks:.2f} | {apart / shared:.2f}x"
+        lines.append(f"| {model} | {layers} | {cost} | {supported} |")
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    lines = ["| case | against three plain passes | plain | engine | speed-up | bound | measured on |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    latest = {(row.case, row.plain, row.device, row.threads): row for row in record.read(record.RESULTS / "engine.csv")}
+    for row in latest.values():
+        times = f"{row.plain_seconds * 1e3:.0f} ms | {row.engine_seconds * 1e3:.0f} ms"
+        where = f"{row.device}, {row.threads} thread{'s' * (row.threads > 1)}, torch {row.torch}, commit {row.commit}"
+        lines.append(
+            f"| {row.case}, {row.dtype} | {row.plain} | {times} | {row.speedup:.2f}x | {row.bound:.2f}x | {where} |"
+        )
+    return "\n".join(lines)
+
+
+PARTS = {"plan": plan_picture, "cost": cost_table, "speed": speed_table}
+
+
+def generated(text: str) -> str:
+    """`text` with every part written anew."""
+    for name, write in PARTS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        part = f"\\1{write()}\n\\2"
+        text, count = re.subn(pattern, part, text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} parts named {name!r}; it must have one")
+    return text
+
+
+def main() -> int:
+    text = README.read_text()
+    if "--check" in sys.argv[1:]:
+        return int(generated(text) != text)
+    temporary = README.with_suffix(".tmp")
+    temporary.write_text(generated(text))
+    temporary.replace(README)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
