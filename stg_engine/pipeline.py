@@ -92,9 +92,9 @@ class Engine:
 
     def predict(self, forward: Any, arguments: dict[str, Any]) -> Any:
         """The transformer's call in a step: rows [uncond, cond] or [cond] -> the guided prediction."""
-        if not any(skip.scale > 0 for skip in self.config.skips):
-            return forward(**arguments)
         if self._step is None:
+            if not any(skip.scale > 0 for skip in self.config.skips):
+                return forward(**arguments)
             raise RuntimeError(
                 f"the transformer was called outside the denoising loop of the {type(self.pipe).__name__} that "
                 "stg_engine is attached to; attach to the pipeline that runs, or use a Denoiser in a loop of your own"

@@ -161,8 +161,9 @@ def test_two_prompts_equal_the_two_single_calls(kind):
 def test_without_skips_it_is_plain_diffusers_bit_for_bit(kind, config, guidance_scale):
     pipe, arguments = tiny_pipeline(kind), {**call_arguments(kind), "guidance_scale": guidance_scale}
     plain = latents_of(pipe, **arguments)
-    with stg_engine.attach(pipe, config):
+    with stg_engine.attach(pipe, config) as engine:
         assert torch.equal(latents_of(pipe, **arguments), plain)
+        assert (engine.report().steps, engine.report().guided_steps) == (CALL["num_inference_steps"], 0)
 
 
 def test_window():
