@@ -228,8 +228,8 @@ class Denoiser:
 
     def _install(self) -> None:
         hooks: list[tuple[nn.Module, Any]] = []
-        for path, arguments in self.spec.once_per_step.items():
-            hooks.append((self.transformer.get_submodule(path), OncePerStep(self._slot, arguments)))
+        for path, rows in self.spec.once_per_step.items():
+            hooks.append((self.transformer.get_submodule(path), OncePerStep(self._slot, rows)))
         if self.spec.time_embedding is not None:
             hooks.append((self.transformer.get_submodule(self.spec.time_embedding), TimeEmbedding(self._slot)))
         for path in self.spec.once_per_prompt:

@@ -9,7 +9,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from stg_engine.rows import ArgumentHook, Slot, chunk_ranges
+from stg_engine.rows import Slot, chunk_ranges, narrow
 
 
 class Memo:
@@ -98,22 +98,24 @@ class OncePerPrompt(ModelHook):
         return self.memo.get(id(self), (x,), lambda: in_chunks(forward, x, run.max_rows))
 
 
-class OncePerStep(ArgumentHook):
-    """Runs on one branch's rows, the first B of K * B; all branches get the result."""
+class OncePerStep(ModelHook):
+    """Runs on one branch's rows, the first B of K * B; all branches get the result.
 
-    def __init__(self, slot: Slot, row_arguments: tuple[str, ...]) -> None:
+    `rows` are positions, not names: a PEFT layer in the module's place has other argument names.
+    """
+
+    def __init__(self, slot: Slot, rows: tuple[int, ...]) -> None:
         super().__init__()
-        self.slot, self.row_arguments = slot, row_arguments
+        self.slot, self.rows = slot, rows
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def new_forward(self, module: nn.Module, *args: Any) -> Any:
         forward, run = self.fn_ref.original_forward, self.slot.run
         if run is None:
-            return forward(*args, **kwargs)
-        arguments = self.bind(module, args, kwargs)
-        parts = []
-        for start, stop in chunk_ranges(run.videos, run.max_rows):
-            rows = {k: v[start:stop] for k, v in arguments.items() if k in self.row_arguments and v is not None}
-            parts.append(forward(**{**arguments, **rows}))
+            return forward(*args)
+        parts = [
+            forward(*(narrow(arg, start, stop) if i in self.rows else arg for i, arg in enumerate(args)))
+            for start, stop in chunk_ranges(run.videos, run.max_rows)
+        ]
         if isinstance(parts[0], tuple):
             return tuple(_repeat(torch.cat(items), len(run.names)) for items in zip(*parts, strict=True))
         return _repeat(torch.cat(parts), len(run.names))

@@ -26,7 +26,7 @@ class ModelSpec:
     value_passthrough  (self-attention module, input [R, S, C]) -> [R, S, C]: attention skip, the result is V
     prompt_block       the first block that reads the prompt
     shares_attention   that block reads the prompt only after its self-attention
-    once_per_step      modules whose row arguments are equal in all branches: path -> those arguments
+    once_per_step      modules whose row arguments are equal in all branches: path -> their positions in the call
     time_embedding     module that maps flat timesteps [R * n] to modulations ([R * n, ...], ...), or None
     once_per_prompt    modules of one argument that depend on prompt and weights alone, not on the timestep
     once_per_prompt_in_block   the same, paths inside each block
@@ -46,7 +46,7 @@ class ModelSpec:
     value_passthrough: Callable[[nn.Module, Tensor], Tensor]
     prompt_block: int = 0
     shares_attention: bool = False
-    once_per_step: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    once_per_step: dict[str, tuple[int, ...]] = field(default_factory=dict)
     time_embedding: str | None = None
     once_per_prompt: tuple[str, ...] = ()
     once_per_prompt_in_block: tuple[str, ...] = ()

@@ -111,6 +111,23 @@ def test_adapters_are_noticed(transformer, change, before):
     assert_right(transformer, denoiser, inputs)
 
 
+EVERY_LINEAR = ["proj_in", "proj_out", "linear", "linear_1", "linear_2", "to_q", "to_k", "to_v", "to_out.0", "ff.net.2"]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["adapter_before", "adapter_after"])
+@pytest.mark.parametrize("execution", ["batched", "serial"])
+def test_an_adapter_on_every_linear(transformer, before, execution):
+    inputs = tiny_inputs(2, per_token=True)
+    lora = LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=EVERY_LINEAR)
+    if before:
+        transformer.add_adapter(lora)
+    denoiser = Denoiser(transformer, CONFIG, execution=execution)
+    if not before:
+        transformer.add_adapter(lora)
+    denoiser.branches(*inputs)
+    assert_right(transformer, denoiser, inputs)
+
+
 def test_weights_written_in_place_are_noticed(transformer):
     inputs = tiny_inputs()
     denoiser = Denoiser(transformer, CONFIG)
