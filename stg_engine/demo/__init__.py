@@ -33,5 +33,5 @@ SETTING = DemoSetting(
     fps=8,
     steps=24,
     guidance_scale=3.0,
-    config=STGConfig(layers=(8,), scale=1.0, mode="residual", rescale=0.0),
+    config=STGConfig(layers=(6,), scale=1.0, mode="residual", rescale=0.0),
 )

@@ -7,6 +7,7 @@ import argparse
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLLTXVideo, LTXPipeline
@@ -30,12 +31,14 @@ from stg_engine.demo.training import fit, save_atomically
 
 EMPTY_PROMPT_SHARE = 0.12
 LATENT_NOISE = 0.05
+#: Of the logit of sigma: high noise decides where the shape is and which way it goes (see `build_scheduler`).
+SIGMA_MEAN, SIGMA_STD = 1.5, 1.2
 #: LTXPipeline's default and the demo's; RoPE depends on it.
 FRAME_RATES = (25, 8)
 _LONGEST_CAPTION = 20  # tokens; keys behind it are padding in every caption, which the mask hides exactly
 
 
-def train_vae(workdir: Path, steps: int, batch: int, lr: float, seed: int, **options) -> None:
+def train_vae(workdir: Path, steps: int, batch: int, lr: float, seed: int, **options: Any) -> None:
     """Train the autoencoder and write it, with the statistics of its latents, to `workdir/vae`."""
     torch.manual_seed(seed)
     vae = build_vae()
@@ -85,7 +88,7 @@ def latent_set(workdir: Path, count: int, seed: int) -> tuple[Tensor, list[str]]
 class TextAndTransformer(nn.Module):
     """The text encoder and the transformer, trained together."""
 
-    def __init__(self, **changes) -> None:
+    def __init__(self, **changes: Any) -> None:
         super().__init__()
         self.text_encoder = build_text_encoder()
         self.transformer = build_transformer(**changes)
@@ -108,7 +111,7 @@ class TextAndTransformer(nn.Module):
 
 
 def train_transformer(
-    workdir: Path, steps: int, batch: int, lr: float, seed: int, count: int, **options
+    workdir: Path, steps: int, batch: int, lr: float, seed: int, count: int, compiled: bool = False, **options: Any
 ) -> TextAndTransformer:
     """Train text encoder and transformer by flow matching on latents of `count` clips; returns the averaged pair."""
     latents, captions = latent_set(workdir, count, seed)
@@ -119,12 +122,15 @@ def train_transformer(
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # also means the CPU's math attention
     torch.manual_seed(seed)
     model = TextAndTransformer()
+    if compiled:
+        for block in model.transformer.transformer_blocks:
+            block.compile()
 
     def loss(step: int) -> Tensor:
         chosen = torch.randint(len(latents), (batch,))
         clean = latents[chosen].float()
         noise = torch.randn_like(clean)
-        sigma = torch.randn(batch).sigmoid()
+        sigma = (SIGMA_MEAN + SIGMA_STD * torch.randn(batch)).sigmoid()
         drop = torch.rand(batch, 1) < EMPTY_PROMPT_SHARE
         length = (32, 64, MAX_TOKENS)[step % 3]  # max_sequence_length is the caller's choice
         prompt = torch.where(drop, empty, tokens[chosen])[:, :length]
@@ -142,9 +148,8 @@ def export(workdir: Path, out: Path) -> None:
     model = TextAndTransformer()
     saved = torch.load(workdir / "transformer.pt", weights_only=True)
     model.load_state_dict(saved["average"])
-    vae = AutoencoderKLLTXVideo.from_pretrained(workdir / "vae")
-    for part in (vae, model.transformer, model.text_encoder):
-        part.config.pop("_name_or_path", None) if isinstance(part.config, dict) else None
+    vae = build_vae()  # a loaded one would write the name of its folder into the config
+    vae.load_state_dict(AutoencoderKLLTXVideo.from_pretrained(workdir / "vae").state_dict())
     pipe = LTXPipeline(
         scheduler=build_scheduler(),
         vae=vae.bfloat16(),
@@ -165,18 +170,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stg_engine.demo.train", description=__doc__)
     parser.add_argument("command", choices=("vae", "transformer", "export"))
     parser.add_argument("--workdir", type=Path, required=True, help="checkpoints and caches")
-    parser.add_argument("--steps", type=int, help="default: vae 3000, transformer 4000")
-    parser.add_argument("--batch", type=int, help="default: vae 8, transformer 48")
+    parser.add_argument("--steps", type=int, help="default: vae 2450, transformer 3000")
+    parser.add_argument("--batch", type=int, help="default: vae 8, transformer 32")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clips", type=int, default=24_000, help="training clips of the transformer")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks (1.3x faster)")
     parser.add_argument("--out", type=Path, default=model_path(), help="folder that export writes")
     args = parser.parse_args()
     args.workdir.mkdir(parents=True, exist_ok=True)
     if args.command == "vae":
-        train_vae(args.workdir, args.steps or 3000, args.batch or 8, args.lr, args.seed)
+        train_vae(args.workdir, args.steps or 2450, args.batch or 8, args.lr, args.seed)
     elif args.command == "transformer":
-        train_transformer(args.workdir, args.steps or 4000, args.batch or 48, args.lr, args.seed, args.clips)
+        options = {"count": args.clips, "compiled": args.compile}
+        train_transformer(args.workdir, args.steps or 3000, args.batch or 32, args.lr, args.seed, **options)
     else:
         export(args.workdir, args.out)
 
