@@ -63,6 +63,7 @@ class Denoiser:
         self._slot = Slot()
         self._plans: dict[tuple[StepGuidance, bool], Plan] = {}
         self._hooked: list[nn.Module] = []
+        self._forwards: list[tuple[Any, Any]] = []
         self._install()
 
     def __call__(
@@ -156,9 +157,12 @@ class Denoiser:
             rows = all_rows(self.spec, names, shared, cond, uncond)
             return self._by_branch(forward(**rows, return_dict=False), names)
         self._refuse_feature_cache()
+        self._refuse_lost_hooks()
         try:
             prompt = [*cond.values(), *(() if uncond is None else uncond.values())]
-            self.memo.keep_only(weights_fingerprint(self._once_per_prompt()), prompt)
+            # The LoRA scale in attention_kwargs acts inside the forward, after this fingerprint.
+            source = (weights_fingerprint(self._once_per_prompt()), repr(shared.get("attention_kwargs")))
+            self.memo.keep_only(source, prompt)
             self._slot.run = Run(plan, self.spec, videos, self.max_rows)
             rows = all_rows(self.spec, names, shared, cond, uncond, self.memo)
             outputs = self._by_branch(forward(**rows, return_dict=False), names)
@@ -226,6 +230,14 @@ class Denoiser:
                 "mixes up branches whose rows come and go. Call transformer.disable_cache(), or set scale=0.0"
             )
 
+    def _refuse_lost_hooks(self) -> None:
+        for hook, forward in self._forwards:
+            if hook.fn_ref.forward is not forward:
+                raise RuntimeError(
+                    "another hook was taken off the transformer and took stg_engine's with it (diffusers puts an older "
+                    "forward back, for example in disable_cache()); detach and attach again"
+                )
+
     def _install(self) -> None:
         hooks: list[tuple[nn.Module, Any]] = []
         for path, rows in self.spec.once_per_step.items():
@@ -245,6 +257,7 @@ class Denoiser:
             for module, hook in hooks:
                 install(module, hook)
                 self._hooked.append(module)
+                self._forwards.append((hook, hook.fn_ref.forward))
         except BaseException:
             self.detach()
             raise

@@ -35,7 +35,7 @@ def combine(
     guided = cond
     if uncond is not None:
         if cfg_star:
-            uncond = cfg_star_alpha(cond, uncond) * uncond
+            uncond = cfg_star_alpha(cond.float(), uncond.float()).to(uncond.dtype) * uncond  # |u|^2 overflows fp16
         guided = uncond + guidance_scale * (cond - uncond)
     for skip, scale in skips:
         guided = guided + scale * (cond - skip)

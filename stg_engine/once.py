@@ -41,7 +41,11 @@ class Memo:
 
     def get(self, name: Hashable, inputs: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, or what it returned when it was last called for `name` and these inputs."""
-        if torch.is_grad_enabled() or any(tensor.is_inference() for tensor in inputs):
+        if (
+            torch.is_grad_enabled()
+            or torch.is_inference_mode_enabled()
+            or any(tensor.is_inference() for tensor in inputs)
+        ):
             return compute()
         key = (name, *map(_view_of_memory, inputs))
         entry = self._entries.get(key)

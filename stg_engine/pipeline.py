@@ -65,7 +65,7 @@ class Engine:
         self._step: int | None = None
         self._sigmas: list[float] = []
         self._installed_forward = install(denoiser.transformer, _Takeover(self), HOOK_NAME)
-        self._progress_bar = pipe.progress_bar
+        self._own_bar, self._progress_bar = vars(pipe).get("progress_bar"), pipe.progress_bar
         pipe.progress_bar = self._guarded_progress_bar
 
     @property
@@ -82,6 +82,8 @@ class Engine:
         if is_installed(self.denoiser.transformer, HOOK_NAME):
             remove(self.denoiser.transformer, HOOK_NAME)
             del self.pipe.progress_bar
+            if self._own_bar is not None:
+                self.pipe.progress_bar = self._own_bar
         self.denoiser.detach()
 
     def __enter__(self) -> Engine:

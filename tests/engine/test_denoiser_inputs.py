@@ -100,6 +100,17 @@ def test_step_position_is_asked_for(transformer):
         denoiser(shared, cond, uncond, guidance_scale=3.0)
 
 
+def test_a_hook_lost_with_another_is_an_error():
+    from diffusers import FirstBlockCacheConfig
+
+    transformer = tiny_transformer()
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with torch.no_grad(), Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
+        transformer.disable_cache()
+        with pytest.raises(RuntimeError, match="detach and attach again"):
+            denoiser(*tiny_inputs(), guidance_scale=3.0)
+
+
 def test_feature_cache_is_refused(transformer, denoiser):
     from diffusers import FirstBlockCacheConfig
 

@@ -145,6 +145,22 @@ def test_inference_mode_keeps_nothing(transformer):
         assert_right(transformer, denoiser, inputs)
 
 
+def test_lora_scale_in_attention_kwargs_is_noticed(transformer):
+    shared, cond, uncond = tiny_inputs()
+    lora = LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["attn2.to_k", "attn2.to_v"])
+    transformer.add_adapter(lora)
+    denoiser = Denoiser(transformer, CONFIG)
+    denoiser.branches({**shared, "attention_kwargs": {"scale": 1.0}}, cond, uncond)
+    assert_right(transformer, denoiser, ({**shared, "attention_kwargs": {"scale": 0.0}}, cond, uncond))
+
+
+def test_inference_mode_with_outside_tensors(transformer):
+    inputs = tiny_inputs()
+    with torch.inference_mode():
+        denoiser = Denoiser(transformer, CONFIG)
+        assert_right(transformer, denoiser, inputs)
+
+
 def test_memory_does_not_grow_with_the_steps(transformer):
     shared, cond, uncond = tiny_inputs()
     lora = LoraConfig(r=2, target_modules=["attn2.to_k"])
