@@ -13,6 +13,7 @@ import torch
 
 from stg_engine.config import STGConfig
 from stg_engine.denoiser import Denoiser
+from stg_engine.inputs import split_rows
 from stg_engine.models import ModelSpec, spec_of
 from stg_engine.reference import three_passes
 
@@ -98,18 +99,13 @@ def steps_of(
 
     All steps hold the same prompt tensors, as in the run itself, so that the engine may keep what follows from them.
     """
-    first = next(iter(calls.values()))
-    videos = len(first[spec.latents[0]]) // (2 if guidance_scale > 1 else 1)
-    prompt = {name: value for name, value in first.items() if name in spec.prompt}
-    cond = {name: value if value is None else value[-videos:] for name, value in prompt.items()}
-    uncond = {name: value if value is None else value[:videos] for name, value in prompt.items()}
+    copies = 2 if guidance_scale > 1 else 1
+    _, cond, uncond = split_rows(spec, next(iter(calls.values())), copies)
     result = []
     for index, call in calls.items():
-        shared = {name: value for name, value in call.items() if name not in (*spec.prompt, "return_dict")}
-        shared.update({name: shared[name][-videos:] for name in spec.latents if shared.get(name) is not None})
-        result.append(
-            Step(shared, cond, uncond if guidance_scale > 1 else None, guidance_scale, index / steps, sigmas[index])
-        )
+        shared, _, _ = split_rows(spec, call, copies)
+        shared.pop("return_dict", None)
+        result.append(Step(shared, cond, uncond, guidance_scale, index / steps, sigmas[index]))
     return result
 
 
@@ -130,12 +126,8 @@ def compare(transformer: torch.nn.Module, config: STGConfig, steps: list[Step], 
 
     def guided(denoiser: Denoiser, step: Step) -> torch.Tensor:
         at = {"progress": step.progress, "sigma": step.sigma}
-        scheduled = config.at(**at).guidance_scale
-        g: float | None = step.guidance_scale
-        uncond = step.uncond
-        if scheduled is not None and scheduled <= 1:  # no uncond branch, as in the attached engine
-            g, uncond = None, None
-        return denoiser(step.shared, step.cond, uncond, guidance_scale=g, **at)
+        g = None if step.uncond is None else step.guidance_scale
+        return denoiser(step.shared, step.cond, step.uncond, guidance_scale=g, **at)
 
     expected = [plain(step) for step in steps]
     nudged = [plain(replace(step, shared={**step.shared, latents: _nudge(step.shared[latents])})) for step in steps]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
 
 MODES = ("residual", "attention")
@@ -23,11 +24,20 @@ def _choice(field: str, value: object, allowed: tuple) -> None:
         raise ValueError(f"{field}={value!r} is not allowed; choose one of {', '.join(map(repr, allowed))}")
 
 
-def _number(field: str, value: object, low: float, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
+def number(field: str, value: object, low: float, high: float = math.inf) -> float:
+    """`value` as a float. Raises `ValueError` that names `field` unless it is a finite number in [low, high]."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    result = float(value) if is_number else math.nan  # type: ignore[arg-type]
+    if not low <= result <= high or math.isinf(result):
         bounds = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise ValueError(f"{field}={value!r} is not allowed; it must be a finite number {bounds}")
-    return float(value)
+    return result
+
+
+def _all_of(kind: type, field: str, value: object) -> tuple:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, kind) for item in value):
+        raise ValueError(f"{field}={value!r} is not allowed; it must be a tuple of {kind.__name__}(...)")
+    return tuple(value)
 
 
 def _layers(value: object, *, may_be_empty: bool = False) -> tuple[int, ...]:
@@ -35,13 +45,13 @@ def _layers(value: object, *, may_be_empty: bool = False) -> tuple[int, ...]:
         raise ValueError(f"layers={value!r} is not allowed; it must be a sequence of block indices such as (19,)")
     layers = tuple(value)
     for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0:
             raise ValueError(f"layers={layers!r} holds {layer!r}; block indices are integers, 0-based, not negative")
     if len(set(layers)) != len(layers):
         raise ValueError(f"layers={layers!r} holds a duplicate; name each block once")
     if not layers and not may_be_empty:
         raise ValueError("layers=() is empty; name at least one block, or use scale=0.0 to switch the guidance off")
-    return tuple(sorted(layers))
+    return tuple(sorted(map(int, layers)))
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Skip:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _layers(self.layers))
-        object.__setattr__(self, "scale", _number("scale", self.scale, 0.0))
+        object.__setattr__(self, "scale", number("scale", self.scale, 0.0))
         _choice("mode", self.mode, MODES)
         _choice("axis", self.axis, AXES)
 
@@ -78,12 +88,12 @@ class ScheduleEntry:
     guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigma", _number("sigma", self.sigma, 0.0))
-        object.__setattr__(self, "scale", _number("scale", self.scale, 0.0))
-        object.__setattr__(self, "rescale", _number("rescale", self.rescale, 0.0, 1.0))
+        object.__setattr__(self, "sigma", number("sigma", self.sigma, 0.0, 1.0))
+        object.__setattr__(self, "scale", number("scale", self.scale, 0.0))
+        object.__setattr__(self, "rescale", number("rescale", self.rescale, 0.0, 1.0))
         object.__setattr__(self, "layers", _layers(self.layers, may_be_empty=self.scale == 0.0))
         if self.guidance_scale is not None:
-            object.__setattr__(self, "guidance_scale", _number("guidance_scale", self.guidance_scale, 0.0))
+            object.__setattr__(self, "guidance_scale", number("guidance_scale", self.guidance_scale, 0.0))
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class STGSchedule:
     rule: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "entries", tuple(self.entries))
+        object.__setattr__(self, "entries", _all_of(ScheduleEntry, "entries", self.entries))
         _choice("rule", self.rule, RULES)
         sigmas = [entry.sigma for entry in self.entries]
         if not sigmas or any(a <= b for a, b in pairwise(sigmas)):
@@ -168,15 +178,12 @@ class STGConfig:
         first = Skip(self.layers, self.scale, self.mode, self.axis)
         object.__setattr__(self, "layers", first.layers)
         object.__setattr__(self, "scale", first.scale)
-        object.__setattr__(self, "rescale", _number("rescale", self.rescale, 0.0, 1.0))
-        object.__setattr__(self, "start", _number("start", self.start, 0.0, 1.0))
-        object.__setattr__(self, "stop", _number("stop", self.stop, 0.0, 1.0))
+        object.__setattr__(self, "rescale", number("rescale", self.rescale, 0.0, 1.0))
+        object.__setattr__(self, "start", number("start", self.start, 0.0, 1.0))
+        object.__setattr__(self, "stop", number("stop", self.stop, 0.0, 1.0))
         if self.start >= self.stop:
             raise ValueError(f"start={self.start} is not allowed; it must be below stop={self.stop}")
-        object.__setattr__(self, "extra_skips", tuple(self.extra_skips))
-        for skip in self.extra_skips:
-            if not isinstance(skip, Skip):
-                raise ValueError(f"extra_skips holds {skip!r}; only Skip(layers, scale, mode, axis) is allowed")
+        object.__setattr__(self, "extra_skips", _all_of(Skip, "extra_skips", self.extra_skips))
         weak = [(skip.layers, skip.mode, skip.axis) for skip in self.skips]
         if len(set(weak)) != len(weak):
             raise ValueError(f"extra_skips={self.extra_skips!r} repeats a branch; add the scales up instead")
@@ -216,13 +223,13 @@ class STGConfig:
         if self.schedule is not None:
             if sigma is None:
                 raise ValueError("sigma=None is not allowed: this setting has a schedule; pass the step's sigma")
-            return self.of_entry(self.schedule.at(sigma))
+            return self.of_entry(self.schedule.at(number("sigma", sigma, 0.0, 1.0)))
         if self.needs_progress:
             if progress is None:
                 raise ValueError(
                     f"progress=None is not allowed: start={self.start}, stop={self.stop} need step index / steps"
                 )
-            if not self.start <= _number("progress", progress, 0.0, 1.0) < self.stop:
+            if not self.start <= number("progress", progress, 0.0, 1.0) < self.stop:
                 return StepGuidance()
         return self._active(self.skips, self.rescale)
 

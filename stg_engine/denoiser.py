@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stg_engine import guidance
-from stg_engine.config import StepGuidance, STGConfig
+from stg_engine.config import StepGuidance, STGConfig, number
 from stg_engine.inputs import Inputs, all_rows, check_inputs
+from stg_engine.memo import Memo, weights_fingerprint
 from stg_engine.models import spec_of
-from stg_engine.once import Memo, OncePerPrompt, OncePerStep, PerRow, TimeEmbedding, weights_fingerprint
+from stg_engine.once import OncePerPrompt, OncePerStep, PerRow, TimeEmbedding
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS
 from stg_engine.rows import BlockHook, Run, SelfAttentionHook, Slot, install, is_installed, remove
@@ -28,7 +30,11 @@ class Denoiser:
     execution    "batched": all rows of a block at once; "serial": a block row by row, least memory, every branch
                  bitwise equal to its pass run alone on that video
     max_rows     at most this many rows at once; serial is max_rows=1
-    kernels      "auto": fused kernels where they exist for family and device; "off": the modules as they are
+    kernels      "auto": fused kernels where they exist for family and device (none yet); "off": the modules as they are
+
+    What follows from prompt and weights alone is kept from step to step; call `release()` after writing weights through
+    `weight.data`. `differences` holds, per skip branch, max |c - p| of its first step, a scalar tensor: 0 means that
+    the skip changes nothing.
 
     Raises `TypeError` for an unknown transformer, `ValueError` for a setting that the model does not have, and for a
     transformer that is hooked already. One thread at a time; each thread needs a transformer and a Denoiser of its own.
@@ -50,6 +56,8 @@ class Denoiser:
         self.spec = spec_of(transformer)
         self.transformer = transformer
         self.blocks = self.spec.block_list(transformer)
+        if any(hasattr(block, "_orig_mod") for block in self.blocks):
+            raise TypeError("transformer holds blocks that are torch.compile modules; put the blocks themselves back")
         self.config = self._published() if config is None else config
         self.max_rows = _max_rows(execution, max_rows)
         self.execution, self.kernels = execution, kernels
@@ -86,7 +94,9 @@ class Denoiser:
         """
         step = self.config.at(progress, sigma)
         if step.guidance_scale is not None:
-            guidance_scale, uncond = step.guidance_scale, uncond if step.guidance_scale > 1 else None
+            guidance_scale, uncond = (step.guidance_scale, uncond) if step.guidance_scale > 1 else (None, None)
+        if guidance_scale is not None:
+            number("guidance_scale", guidance_scale, 0.0)
         if uncond is not None and guidance_scale is None:
             raise ValueError("guidance_scale=None is not allowed with uncond; pass g of u + g (c - u)")
         if uncond is None and guidance_scale not in (None, 1, 1.0):
@@ -153,17 +163,15 @@ class Denoiser:
         videos = check_inputs(self.transformer, self.spec, shared, cond, uncond)
         plan = self.plan(step, uncond=uncond is not None)
         names = tuple(branch.name for branch in plan.branches)
-        if not step.skips:
+        if not step.skips:  # plain diffusers, whatever else is on
             rows = all_rows(self.spec, names, shared, cond, uncond)
             return self._by_branch(forward(**rows, return_dict=False), names)
-        self._refuse_feature_cache()
+        self._refuse_other_hooks()
         self._refuse_lost_hooks()
         try:
             prompt = [*cond.values(), *(() if uncond is None else uncond.values())]
-            # The LoRA scale in attention_kwargs acts inside the forward, after this fingerprint.
-            source = (weights_fingerprint(self._once_per_prompt()), repr(shared.get("attention_kwargs")))
-            self.memo.keep_only(source, prompt)
-            self._slot.run = Run(plan, self.spec, videos, self.max_rows)
+            self.memo.keep_only(self._source(shared), prompt)
+            self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo)
             rows = all_rows(self.spec, names, shared, cond, uncond, self.memo)
             outputs = self._by_branch(forward(**rows, return_dict=False), names)
         except BaseException:
@@ -199,9 +207,15 @@ class Denoiser:
             if name not in self.differences:
                 self.differences[name] = guidance.largest_difference(first["cond"], first[name])
 
-    def _once_per_prompt(self) -> list[nn.Module]:
-        modules = [self.transformer.get_submodule(path) for path in self.spec.once_per_prompt]
-        return modules + [b.get_submodule(path) for b in self.blocks for path in self.spec.once_per_prompt_in_block]
+    def _source(self, shared: Inputs) -> Any:
+        """All that the prompt's keys and values follow from but the prompt."""
+        paths, paths_in_block = self.spec.once_per_prompt, self.spec.once_per_prompt_in_block
+        modules = [self.transformer.get_submodule(path) for path in paths]
+        modules += [block.get_submodule(path) for block in self.blocks for path in paths_in_block]
+        kind = shared[self.spec.latents[0]].device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        # The LoRA scale in attention_kwargs acts inside the forward, after this fingerprint.
+        return weights_fingerprint(modules), autocast, repr(shared.get("attention_kwargs"))
 
     def _check_config(self) -> None:
         if not isinstance(self.config, STGConfig):
@@ -223,11 +237,24 @@ class Denoiser:
     def _plan_options(self) -> dict[str, Any]:
         return {"prompt_block": self.spec.prompt_block, "shares_attention": self.spec.shares_attention}
 
-    def _refuse_feature_cache(self) -> None:
-        if getattr(self.transformer, "is_cache_enabled", False):
+    def _refuse_other_hooks(self) -> None:
+        for module in self.transformer.modules():
+            for hook in getattr(vars(module).get("_diffusers_hook"), "hooks", {}).values():
+                if hook._is_stateful:
+                    raise RuntimeError(
+                        f"a diffusers feature cache is on the transformer ({type(hook).__name__}); it keeps results of "
+                        "a fixed batch and mixes up branches whose rows come and go. Switch it off "
+                        "(transformer.disable_cache() if enable_cache() put it there), or set scale=0.0"
+                    )
+        if any(vars(module).get("_compiled_call_impl") for module in (self.transformer, *self._hooked)):
             raise RuntimeError(
-                "a diffusers feature cache is enabled on the transformer; it keeps residuals of a fixed batch and "
-                "mixes up branches whose rows come and go. Call transformer.disable_cache(), or set scale=0.0"
+                "the transformer or its blocks are compiled (compile(), compile_repeated_blocks()), which stg_engine "
+                "does not support yet; attach to a transformer that is not compiled, or set scale=0.0"
+            )
+        if torch.is_grad_enabled() and getattr(self.transformer, "gradient_checkpointing", False):
+            raise RuntimeError(
+                "gradient checkpointing runs blocks again after the guided forward has ended; call "
+                "transformer.disable_gradient_checkpointing(), or run under torch.no_grad()"
             )
 
     def _refuse_lost_hooks(self) -> None:

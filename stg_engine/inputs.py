@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stg_engine.memo import Memo
 from stg_engine.models import ModelSpec
-from stg_engine.once import Memo
 
 Inputs = Mapping[str, Any]
 
@@ -34,8 +34,13 @@ def check_inputs(transformer: nn.Module, spec: ModelSpec, shared: Inputs, cond: 
     videos = len(shared[first])
     for group, inputs in groups.items():
         for name, value in inputs.items():
+            if group == "uncond" and (value is None) != (cond[name] is None):
+                with_it, without = ("cond", "uncond") if value is None else ("uncond", "cond")
+                raise ValueError(f"{without}[{name!r}] is None and {with_it} has one; pass both or neither")
             if not isinstance(value, Tensor) or name not in (*spec.latents, *spec.prompt):
                 continue
+            if value.ndim == 0:
+                raise ValueError(f"{group}[{name!r}] is a single number; it must have one entry per video, {videos}")
             if len(value) != videos:
                 raise ValueError(f"{group}[{name!r}] has {len(value)} rows; {first} has {videos}")
             if group == "uncond" and value.shape != cond[name].shape:
@@ -44,6 +49,24 @@ def check_inputs(transformer: nn.Module, spec: ModelSpec, shared: Inputs, cond: 
                     "pad the prompts to one length and pass their masks"
                 )
     return videos
+
+
+def split_rows(spec: ModelSpec, arguments: Inputs, copies: int) -> tuple[dict, dict, dict | None]:
+    """A pipeline's rows [uncond, cond] (copies=2) or [cond] (copies=1) as (shared, cond, uncond).
+
+    uncond is None where copies=1. Raises `ValueError` if prompt and latents differ in their number of rows.
+    """
+    videos = arguments[spec.latents[0]].shape[0] // copies
+    prompt = {name: arguments[name] for name in spec.prompt if name in arguments}
+    shared = {name: value for name, value in arguments.items() if name not in prompt}
+    shared.update({name: shared[name][:videos] for name in spec.latents if shared.get(name) is not None})
+    for name, value in prompt.items():
+        # A callback may switch CFG off and leave the negative rows in front of the mask, which it cannot reach.
+        if value is not None and len(value) != copies * videos and (copies, len(value)) != (1, 2 * videos):
+            raise ValueError(f"{name} has {len(value)} rows, the latents have {copies * videos}; they must agree")
+    cond = {name: value if value is None else value[-videos:] for name, value in prompt.items()}
+    uncond = {name: value if value is None else value[:videos] for name, value in prompt.items()}
+    return shared, cond, uncond if copies == 2 else None
 
 
 def all_rows(

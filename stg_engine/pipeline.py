@@ -7,7 +7,6 @@ branches go through untouched.
 
 from __future__ import annotations
 
-import inspect
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,15 +14,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.hooks import ModelHook
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from stg_engine.config import StepGuidance, STGConfig
 from stg_engine.denoiser import Denoiser
+from stg_engine.inputs import split_rows
 from stg_engine.plan import Plan, Plans
 from stg_engine.report import Report, new_report
-from stg_engine.rows import below_accelerate, install, is_installed, remove
+from stg_engine.rows import ArgumentHook, below_accelerate, install, is_installed, remove
 
 PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
 HOOK_NAME = "stg_engine_pipeline"
@@ -61,9 +60,8 @@ class Engine:
 
     def __init__(self, pipe: Any, denoiser: Denoiser) -> None:
         self.pipe, self.denoiser, self.config = pipe, denoiser, denoiser.config
-        self._report = new_report(denoiser, denoiser.plans())
-        self._step: int | None = None
-        self._sigmas: list[float] = []
+        self._report = new_report(denoiser, denoiser.plans(), pipe._execution_device)
+        self._steps: Iterator[StepGuidance] | None = None
         self._installed_forward = install(denoiser.transformer, _Takeover(self), HOOK_NAME)
         self._own_bar, self._progress_bar = vars(pipe).get("progress_bar"), pipe.progress_bar
         pipe.progress_bar = self._guarded_progress_bar
@@ -94,15 +92,19 @@ class Engine:
 
     def predict(self, forward: Any, arguments: dict[str, Any]) -> Any:
         """The transformer's call in a step: rows [uncond, cond] or [cond] -> the guided prediction."""
-        if self._step is None:
+        if self._steps is None:
             if not any(skip.scale > 0 for skip in self.config.skips):
                 return forward(**arguments)
             raise RuntimeError(
                 f"the transformer was called outside the denoising loop of the {type(self.pipe).__name__} that "
                 "stg_engine is attached to; attach to the pipeline that runs, or use a Denoiser in a loop of your own"
             )
-        step = self.config.at(self._step / max(self.pipe.num_timesteps, 1), self._sigma())
-        self._step += 1
+        step = next(self._steps, None)
+        if step is None:
+            raise RuntimeError(
+                f"the {type(self.pipe).__name__} called its transformer more often than it has steps, "
+                f"{self.pipe.num_timesteps}; use a Denoiser in a loop of your own"
+            )
         self._report.steps += 1
         guidance_scale = self.pipe.guidance_scale if step.guidance_scale is None else step.guidance_scale
         if not step.skips and step.guidance_scale is None:
@@ -111,57 +113,49 @@ class Engine:
         return self._guided(step, forward, arguments, guidance_scale)
 
     def _guided(self, step: StepGuidance, forward: Any, arguments: dict[str, Any], guidance_scale: float) -> Any:
-        rescale = self._pipeline_rescale(step)
+        self._check_step(step, guidance_scale)  # again: a callback may have changed the call's own settings
         return_dict = arguments.pop("return_dict", True)
         copies = 2 if self.pipe.do_classifier_free_guidance else 1
-        shared, cond, uncond = self._split(arguments, copies)
-        if guidance_scale > 1 and uncond is None:
+        shared, cond, uncond = split_rows(self.denoiser.spec, arguments, copies)
+        branches = self.denoiser.predict(step, shared, cond, uncond if guidance_scale > 1 else None, forward)
+        guided = self.denoiser.combine(step, branches, guidance_scale, self._pipeline_rescale())
+        guided = guided.repeat(copies, *[1] * (guided.ndim - 1))
+        return Transformer2DModelOutput(sample=guided) if return_dict else (guided,)
+
+    def _pipeline_rescale(self) -> float:
+        """The call's guidance_rescale, which diffusers ignores without an uncond branch."""
+        return float(getattr(self.pipe, "guidance_rescale", 0.0)) if self.pipe.do_classifier_free_guidance else 0.0
+
+    def _check_step(self, step: StepGuidance, guidance_scale: float) -> None:
+        if self._pipeline_rescale() > 0 and step.rescale > 0:
+            raise ValueError(
+                f"guidance_rescale={self._pipeline_rescale()} and rescale={step.rescale} are the same operation; "
+                "set one of them"
+            )
+        if guidance_scale > 1 and not self.pipe.do_classifier_free_guidance:
             raise ValueError(
                 f"guidance_scale={guidance_scale} in the schedule needs the negative prompt; "
                 "call the pipeline with guidance_scale above 1 so that it encodes one"
             )
-        branches = self.denoiser.predict(step, shared, cond, uncond if guidance_scale > 1 else None, forward)
-        guided = self.denoiser.combine(step, branches, guidance_scale, rescale)
-        guided = guided.repeat(copies, *[1] * (guided.ndim - 1))
-        return Transformer2DModelOutput(sample=guided) if return_dict else (guided,)
 
-    def _split(self, arguments: dict[str, Any], copies: int) -> tuple[dict, dict, dict | None]:
-        """The pipeline's rows [uncond, cond] as (shared, cond, uncond); uncond is None where the pipeline has none."""
-        spec = self.denoiser.spec
-        videos = arguments[spec.latents[0]].shape[0] // copies
-        prompt = {name: arguments[name] for name in spec.prompt if name in arguments}
-        shared = {name: value for name, value in arguments.items() if name not in prompt}
-        shared.update(
-            {name: value[:videos] for name, value in shared.items() if name in spec.latents and value is not None}
-        )
-        for name, value in prompt.items():
-            # A callback may switch CFG off and leave the negative rows in front of the mask, which it cannot reach.
-            if value is not None and len(value) != copies * videos and (copies, len(value)) != (1, 2 * videos):
-                raise ValueError(f"{name} has {len(value)} rows, the latents have {copies * videos}; they must agree")
-        cond = {name: value if value is None else value[-videos:] for name, value in prompt.items()}
-        uncond = {name: value if value is None else value[:videos] for name, value in prompt.items()}
-        return shared, cond, uncond if copies == 2 else None
-
-    def _pipeline_rescale(self, step: StepGuidance) -> float:
-        rescale = float(getattr(self.pipe, "guidance_rescale", 0.0))
-        if rescale > 0 and step.rescale > 0:
-            raise ValueError(
-                f"guidance_rescale={rescale} and rescale={step.rescale} are the same operation; set one of them"
-            )
-        return rescale
-
-    def _sigma(self) -> float | None:
-        return self._sigmas[self._step] if self._step is not None and self._step < len(self._sigmas) else None
+    def _plan_steps(self) -> Iterator[StepGuidance]:
+        """The guidance of each step of the loop that begins. Raises what `_check_step` raises, before the first."""
+        count, sigmas = self.pipe.num_timesteps, None
+        if self.config.schedule is not None:
+            # The loop may run the tail of the scheduler's steps (strength below 1); behind the last stands a zero.
+            # Timesteps will not do: some schedulers round them to integers.
+            sigmas = self.pipe.scheduler.sigmas[-count - 1 : -1].tolist()
+        steps = [self.config.at(i / count, None if sigmas is None else sigmas[i]) for i in range(count)]
+        for step in steps:
+            self._check_step(step, step.guidance_scale or 0.0)
+        return iter(steps)
 
     @contextmanager
     def _denoising_loop(self) -> Iterator[None]:
         self._check_hooked()
-        denoiser, device = self.denoiser, self.denoiser.transformer.device
-        self._report = new_report(denoiser, denoiser.plans(self.pipe.guidance_scale))
-        self._step, denoiser.differences = 0, {}
-        # The loop may run the tail of the scheduler's timesteps (strength below 1); their values are read once, here.
-        timesteps = self.pipe.scheduler.timesteps[-self.pipe.num_timesteps :].tolist() if self.config.schedule else []
-        self._sigmas = [timestep / self.pipe.scheduler.config.num_train_timesteps for timestep in timesteps]
+        denoiser, device = self.denoiser, self.pipe._execution_device
+        self._report = new_report(denoiser, denoiser.plans(self.pipe.guidance_scale), device)
+        self._steps, denoiser.differences = self._plan_steps(), {}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
@@ -173,7 +167,7 @@ class Engine:
             self._report.seconds = time.perf_counter() - began
             self._report.differences = {name: value.item() for name, value in denoiser.differences.items()}
         finally:
-            self._step = None
+            self._steps = None
             denoiser.release()
         for name, value in self._report.differences.items():
             if value == 0:
@@ -204,17 +198,12 @@ class Engine:
             )
 
 
-class _Takeover(ModelHook):
+class _Takeover(ArgumentHook):
     """Hands the transformer's calls to the engine."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         self.engine = engine
 
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
-        self.signature = inspect.signature(type(module).forward)
-        return module
-
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        arguments = self.signature.bind_partial(module, *args, **kwargs).arguments
-        return self.engine.predict(self.fn_ref.original_forward, {k: v for k, v in arguments.items() if k != "self"})
+        return self.engine.predict(self.fn_ref.original_forward, dict(self.bind(module, args, kwargs)))

@@ -15,6 +15,7 @@ class Preset:
     source          repository, version and file it was read from
     guidance_scale  the CFG scale published with it; the engine leaves CFG to the caller unless a schedule sets it
     blocks          number of blocks of the transformer it was made for
+    note            the steps it was published with
     """
 
     name: str
@@ -22,7 +23,7 @@ class Preset:
     source: str
     guidance_scale: float
     blocks: int
-    note: str = ""
+    note: str
 
 
 _LIGHTRICKS = "Lightricks/LTX-Video 5260738 (2025-10-25)"

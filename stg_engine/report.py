@@ -37,8 +37,9 @@ class Report:
     def __str__(self) -> str:
         lines = [str(self.plan), ""]
         per_step = f", {self.seconds / self.steps:.3g} s per step" if self.steps else ""
+        lines.append(f"model      {self.family}, {self.dtype} on {self.device}")
         lines.append(f"steps      {self.steps}, {self.guided_steps} with skip branches; {self.seconds:.3g} s{per_step}")
-        lines.append(f"execution  {self.execution} on {self.device}, {self.dtype}")
+        lines.append(f"execution  {self.execution}")
         lines.append(f"kernels    {self.kernels}; attention: {self.attention}")
         if self.peak_bytes is not None:
             lines.append(f"memory     {self.peak_bytes / 2**20:.0f} MiB at the peak")
@@ -58,15 +59,14 @@ def attention_backend(attention: nn.Module) -> str:
     return f"diffusers {getattr(backend, 'value', backend)}"
 
 
-def new_report(denoiser: Any, plan: Plan | Plans) -> Report:
-    """An empty report of a `Denoiser`."""
-    weight = next(denoiser.transformer.parameters())
+def new_report(denoiser: Any, plan: Plan | Plans, device: torch.device) -> Report:
+    """An empty report of a `Denoiser` that runs on `device`, which offloaded weights do not tell."""
     return Report(
         family=denoiser.spec.family,
         plan=plan,
         execution=denoiser.execution if denoiser.max_rows in (None, 1) else f"at most {denoiser.max_rows} rows at once",
         kernels="modules as they are",
         attention=attention_backend(denoiser.blocks[0].get_submodule(denoiser.spec.self_attention)),
-        device=torch.cuda.get_device_name(weight.device) if weight.is_cuda else str(weight.device),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        dtype=str(denoiser.transformer.dtype).removeprefix("torch."),
     )

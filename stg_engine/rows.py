@@ -17,6 +17,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from stg_engine.memo import Memo
 from stg_engine.plan import Plan
 
 Forward = Callable[..., Any]
@@ -38,10 +39,11 @@ class Run:
     spec       the family's `ModelSpec`
     videos     B
     max_rows   rows that a module gets at once; None: all of them
+    memo       keeps rows selected from what depends on the prompt alone
     """
 
-    def __init__(self, plan: Plan, spec: Any, videos: int, max_rows: int | None) -> None:
-        self.plan, self.spec, self.videos, self.max_rows = plan, spec, videos, max_rows
+    def __init__(self, plan: Plan, spec: Any, videos: int, max_rows: int | None, memo: Memo) -> None:
+        self.plan, self.spec, self.videos, self.max_rows, self.memo = plan, spec, videos, max_rows, memo
         self.names = tuple(branch.name for branch in plan.branches)
         self._live = self.names
         self._states: dict[str, tuple[tuple[Tensor, ...], int]] = {}
@@ -77,7 +79,8 @@ class Run:
             if len(self._current) == len(rows):
                 part = arguments
             else:
-                part = {k: narrow(v, start, stop) if k in carriers else v for k, v in arguments.items()}
+                rows_at_once = range(start, stop)
+                part = {k: self._select(v, rows_at_once) if k in carriers else v for k, v in arguments.items()}
             output = forward(**part)
             chunks.append(output if isinstance(output, tuple) else (output,))
         return chunks[0] if len(chunks) == 1 else tuple(map(torch.cat, zip(*chunks, strict=True)))
@@ -134,17 +137,32 @@ class Run:
         key = (id(value), names)
         if key not in self._taken:
             rows = [self.names.index(name) * self.videos + video for name in names for video in range(self.videos)]
-            self._taken[key] = (value, select(value, rows))
+            self._taken[key] = (value, self._select(value, rows))
         return self._taken[key][1]
+
+    def _select(self, value: Any, rows: Sequence[int]) -> Any:
+        """`select`; of a prompt's tensor the same result in every step, so that what follows from it is found again."""
+        if isinstance(value, Tensor) and self.memo.owns(value):
+            return self.memo.get(("rows", *rows), (value,), lambda: select(value, rows))
+        return select(value, rows)
+
+
+ALIGNMENT = 64
+"""Bytes; PyTorch's allocators give at least this."""
 
 
 def narrow(value: Any, start: int, stop: int) -> Any:
-    """Rows start..stop of a tensor or of each tensor in a tuple, as views; None stays None."""
+    """Rows start..stop of a tensor or of each tensor in a tuple; None stays None.
+
+    A view, or a copy where the view is not aligned as a tensor of its own is: kernels sum in another order there, and a
+    row must not depend on its place in the batch.
+    """
     if value is None:
         return None
     if isinstance(value, tuple):
         return tuple(narrow(item, start, stop) for item in value)
-    return value[start:stop]
+    rows = value[start:stop]
+    return rows.clone() if (rows.storage_offset() - value.storage_offset()) * rows.element_size() % ALIGNMENT else rows
 
 
 def select(value: Any, rows: Sequence[int]) -> Any:
@@ -162,7 +180,14 @@ def chunk_ranges(count: int, size: int | None) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, count)) for start in range(0, count, size))
 
 
-class ArgumentHook(ModelHook):
+class EngineHook(ModelHook):
+    """A hook of this package. It cannot be copied: a copy of a hooked module would run the original's weights."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("stg_engine is on this transformer; detach it before you copy or pickle the transformer")
+
+
+class ArgumentHook(EngineHook):
     """A hook that sees its module's arguments by name."""
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
@@ -233,7 +258,13 @@ def remove(module: nn.Module, name: str = HOOK_NAME) -> None:
     """Take the hook off; the module's attributes are as they were before `install`."""
     registry = module._diffusers_hook
     with below_accelerate(module):
+        references = registry._fn_refs[registry._hook_order.index(name) :]
+        later = references[1] if len(references) > 1 else None
+        kept = None if later is None else later.forward
         registry.remove_hook(name, recurse=False)
+        if later is not None and later.original_forward is not None:
+            # diffusers puts the inner forward in the place of the later hook's own.
+            later.original_forward, later.forward = references[0].original_forward, kept
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.forward
     if not registry.hooks:

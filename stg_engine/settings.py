@@ -12,7 +12,7 @@ from typing import Any
 from stg_engine import demo
 from stg_engine.config import StepGuidance, STGConfig
 from stg_engine.models import ModelSpec, spec_of, supported
-from stg_engine.plan import Plan, Plans, build_plans
+from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS, Preset
 
 _CONFIG = "transformer/config.json"
@@ -48,7 +48,8 @@ class Setting:
         if self.preset is not None:
             published = PRESETS[self.preset]
             is_changed = (self.config, self.guidance_scale) != (published.config, published.guidance_scale)
-            origin = f"preset {self.preset} ({published.source}){', changed' if is_changed else ''}: "
+            changed = ", changed" if is_changed else ""
+            origin = f"preset {self.preset} ({published.source}; {published.note}){changed}: "
         if self.config is None:
             return f"{origin}no skip branch, guidance scale {self.guidance_scale:g}"
         if self.config.schedule is not None:
@@ -134,6 +135,8 @@ def choose_setting(model: Model, options: Options) -> Setting:
             )
         base, changes["layers"] = None, (0,)  # checks mode and rescale, and is off
     config = STGConfig(**changes) if base is None else replace(base, **changes)
+    for skip in config.skips if base is not None or options.stg_layers is not None else ():
+        check_layers(skip, model.num_blocks)
     is_off = all(skip.scale == 0 for skip in config.skips)
     return Setting(None if is_off else config, g, name)
 

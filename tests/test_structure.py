@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A file or folder of stg_engine imports only from lines above its own; names on one line do not see each other.
 LAYERS = [
     {"config", "media"},
-    {"presets", "plan", "guidance"},
+    {"presets", "plan", "guidance", "memo"},
     {"rows"},
     {"models", "fused", "once"},
     {"inputs"},
@@ -42,7 +42,9 @@ ONLY_IN = {
     "HookRegistry": {"rows"},
     "register_hook": {"rows"},
     "remove_hook": {"rows"},
-    "ModelHook": {"rows", "once", "pipeline"},  # to subclass; only rows installs them
+    "ModelHook": {"rows"},
+    "EngineHook": {"rows", "once"},  # to subclass; only rows installs them
+    "ArgumentHook": {"rows", "pipeline"},
     "register_forward_hook": {"reference"},  # the oracle skips a block the way the published pipelines do
     "register_forward_pre_hook": {"reference"},
     "DiffusionPipeline": {"pipeline", "generate", "demo"},

@@ -27,7 +27,7 @@ WRONG = [
     ({"start": -0.1}, "start=-0.1"),
     ({"stop": 2}, "stop=2"),
     ({"start": 0.5, "stop": 0.5}, "start=0.5 is not allowed; it must be below stop=0.5"),
-    ({"extra_skips": ((3,),)}, r"extra_skips holds \(3,\)"),
+    ({"extra_skips": ((3,),)}, r"extra_skips=.*tuple of Skip"),
     ({"extra_skips": (Skip((19,), 2.0),)}, "repeats a branch"),
     (
         {"schedule": STGSchedule((ScheduleEntry(1.0),), "at_or_below")},

@@ -469,7 +469,7 @@ def test_report_says_what_ran():
     assert report.differences["skip"] > 0
     assert report.seconds > 0
     assert engine.plan.pass_equivalents == 1.25
-    for part in ("1.25 pass-equivalents", "batched on cpu, float32", "diffusers native", "max |c - p|"):
+    for part in ("1.25 pass-equivalents", "LTX-Video, float32 on cpu", "batched", "diffusers native", "max |c - p|"):
         assert part in str(report)
 
 
