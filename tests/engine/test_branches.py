@@ -1,11 +1,13 @@
 """Every branch of a guided forward equals its pass run alone."""
 
+import inspect
+
 import pytest
 import torch
 from engine.tiny import tiny_inputs, tiny_transformer
 
-from stg_engine import Denoiser, Skip, STGConfig
-from stg_engine.reference import passes_one_by_one, three_passes
+from stg_engine import Denoiser, ScheduleEntry, Skip, STGConfig, STGSchedule
+from stg_engine.reference import passes_in_one_batch, passes_one_by_one, three_passes
 
 FP32_RELATIVE = 2e-6  # DESIGN: fp32 on CPU
 LAYERS = [(0,), (1,), (3,), (1, 2), (0, 3), (0, 1, 2, 3)]
@@ -161,6 +163,7 @@ def test_bf16_is_within_the_error_of_the_plain_forward():
     ]
     exact = passes_one_by_one(exact_model, config.skips, *double)
     plain = passes_one_by_one(model, config.skips, shared, cond, uncond)
+    batched = passes_in_one_batch(model, config.skips, shared, cond, uncond)
     with Denoiser(model, config) as denoiser:
         engine = denoiser.branches(shared, cond, uncond)
     for get in (
@@ -170,9 +173,9 @@ def test_bf16_is_within_the_error_of_the_plain_forward():
         lambda b: b["cond"].double() - b["skip"].double(),
     ):
         budget = (get(plain).double() - get(exact)).norm()
+        another_order = (get(batched).double() - get(plain).double()).norm()
         error = (get(engine).double() - get(exact)).norm()
-        # Another summation order moves single roundings either way: 10 % of the budget for that.
-        assert error <= 1.1 * budget
+        assert error <= budget + another_order
 
 
 @pytest.mark.parametrize(
@@ -188,17 +191,61 @@ def test_steps_without_skips_are_plain_diffusers(transformer, config):
 
 
 def test_positional_block_arguments(transformer):
-    """Gradient checkpointing and other hosts pass block arguments by position."""
+    """Another version of the transformer may pass its blocks' arguments by position."""
     shared, cond, uncond = tiny_inputs(1)
     config = STGConfig(layers=(1,))
     expected = passes_one_by_one(transformer, config.skips, shared, cond, uncond)
     with Denoiser(transformer, config) as denoiser:
-        hook = denoiser.blocks[1]._diffusers_hook.get_hook("stg_engine")
-        hidden, rest = torch.zeros(1), (torch.ones(1), torch.ones(2), None, None)
-        names = ["hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"]
-        assert list(hook.bind(denoiser.blocks[1], (hidden, *rest), {})) == names
+        for block in denoiser.blocks:
+            hooked = block.forward
+            names = list(inspect.signature(type(block).forward).parameters)[1:]
+            block.forward = lambda hooked=hooked, names=names, **kwargs: hooked(*map(kwargs.get, names))
         actual = denoiser.branches(shared, cond, uncond)
+        for block in denoiser.blocks:
+            block.forward = block.forward.__defaults__[0]
     assert relative_error(actual["skip"], expected["skip"]) <= FP32_RELATIVE
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "tokens"), [(3, 6, 5), (1, 6, 7), (5, 2, 3)])
+@pytest.mark.parametrize("mode", ["residual", "attention"])
+def test_serial_is_bitwise_at_odd_sizes(mode, heads, head_dim, tokens):
+    """Rows inside a batch begin at odd addresses there, where kernels may sum in another order."""
+    transformer = tiny_transformer(heads=heads, head_dim=head_dim, channels=3)
+    shared, cond, uncond = tiny_inputs(3, per_token=True, tokens=tokens, channels=3)
+    config = STGConfig(layers=(1,), mode=mode, extra_skips=(Skip((2,)),))
+    expected = video_by_video(transformer, config, shared, cond, uncond)
+    with Denoiser(transformer, config, execution="serial") as denoiser:
+        for _ in range(2):
+            actual = denoiser.branches(shared, cond, uncond)
+            for name in expected:
+                assert torch.equal(actual[name], expected[name]), name
+
+
+def test_arithmetic_of_the_model():
+    transformer = tiny_transformer(dtype=torch.bfloat16)
+    shared, cond, uncond = tiny_inputs(2, dtype=torch.bfloat16)
+    results = {}
+    for arithmetic in ("model", "float32"):
+        config = STGConfig(layers=(1,), scale=1.7, arithmetic=arithmetic)
+        with Denoiser(transformer, config, execution="serial") as denoiser:
+            branches = denoiser.branches(shared, cond, uncond)
+            results[arithmetic] = denoiser(shared, cond, uncond, guidance_scale=3.3)
+        c, u, p = branches["cond"], branches["uncond"], branches["skip"]
+        if arithmetic == "float32":
+            c, u, p = c.float(), u.float(), p.float()
+        assert torch.equal(results[arithmetic], (u + 3.3 * (c - u) + 1.7 * (c - p)).bfloat16())
+    assert not torch.equal(results["model"], results["float32"])
+
+
+@pytest.mark.parametrize("scheduled", [0.0, 0.5, 1.0])
+def test_a_scheduled_guidance_scale_of_at_most_1_drops_uncond(transformer, scheduled):
+    shared, cond, uncond = tiny_inputs(1)
+    entry = ScheduleEntry(0.5, (1,), 1.5, guidance_scale=scheduled)
+    config = STGConfig(schedule=STGSchedule((entry,), "at_or_below"))
+    with Denoiser(transformer, config) as denoiser:
+        actual = denoiser(shared, cond, uncond, guidance_scale=3.0, sigma=0.7)
+        branches = denoiser.branches(shared, cond, sigma=0.7)
+    assert torch.equal(actual, branches["cond"] + 1.5 * (branches["cond"] - branches["skip"]))
 
 
 def test_detach_leaves_the_transformer_as_it_was():

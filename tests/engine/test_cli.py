@@ -65,6 +65,7 @@ BAD_SETTINGS = [
     ("--preset ltx-video-2b", "28 blocks", "has 4"),
     ("", "stg_layers", "0 to 3", "--stg-scale 0"),
     ("--stg-scale 0 --stg-mode r", "mode='r'"),
+    ("--stg-scale 0 --stg-layers 77", "layers=(77,)", "4 blocks, 0 to 3"),
     ("--stg-layer 2", "unrecognized arguments: --stg-layer 2"),
 ]
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
@@ -28,6 +29,8 @@ WRONG = [
     ({"stop": 2}, "stop=2"),
     ({"start": 0.5, "stop": 0.5}, "start=0.5 is not allowed; it must be below stop=0.5"),
     ({"extra_skips": ((3,),)}, r"extra_skips=.*tuple of Skip"),
+    ({"extra_skips": Skip((3,))}, r"extra_skips=.*tuple of Skip"),
+    ({"extra_skips": None}, r"extra_skips=None .*tuple of Skip"),
     ({"extra_skips": (Skip((19,), 2.0),)}, "repeats a branch"),
     (
         {"schedule": STGSchedule((ScheduleEntry(1.0),), "at_or_below")},
@@ -54,6 +57,8 @@ def test_unknown_option_is_an_error():
     ("build", "message"),
     [
         (lambda: STGSchedule((), "at_or_below"), "list at least one"),
+        (lambda: STGSchedule(((0.5, (1,), 1.0),), "at_or_below"), r"entries=.*tuple of ScheduleEntry"),
+        (lambda: ScheduleEntry(1.5), r"sigma=1.5 .*between 0 and 1"),
         (lambda: STGSchedule((ScheduleEntry(0.5), ScheduleEntry(0.9)), "at_or_below"), "strictly falling"),
         (lambda: STGSchedule((ScheduleEntry(0.5),), "nearest"), "rule='nearest'.*'at_or_below', 'at_or_above'"),
         (lambda: ScheduleEntry(0.5, (), 1.0), r"layers=\(\) is empty"),
@@ -130,3 +135,16 @@ def test_presets_are_published_settings():
         assert preset.source
         assert max(layer for skip in preset.config.skips for layer in skip.layers) < preset.blocks
     assert STGConfig.preset("ltx-video-2b", scale=2.0).scale == 2.0
+
+
+@pytest.mark.parametrize("sigma", [math.nan, -0.1, 1.5, 700.0])
+def test_sigma_out_of_range(sigma):
+    config = STGConfig(schedule=STGSchedule((ScheduleEntry(0.5),), "at_or_below"))
+    with pytest.raises(ValueError, match=f"sigma={sigma} is not allowed.*between 0 and 1"):
+        config.at(sigma=sigma)
+
+
+def test_numpy_numbers():
+    config = STGConfig(layers=np.arange(2), scale=np.float32(0.5))
+    assert config == STGConfig(layers=(0, 1), scale=0.5)
+    assert [type(layer) for layer in config.layers] == [int, int]

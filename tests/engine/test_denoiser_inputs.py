@@ -1,11 +1,23 @@
 """Wrong settings and inputs are refused with the field, the value and what is allowed."""
 
+import copy
+import math
+import pickle
+
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.hooks import (
+    apply_first_block_cache,
+    apply_mag_cache,
+    apply_pyramid_attention_broadcast,
+)
 from engine.tiny import tiny_inputs, tiny_transformer
 from torch import nn
 
 from stg_engine import Denoiser, STGConfig
+
+FIRST_BLOCK_CACHE = FirstBlockCacheConfig(threshold=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +82,9 @@ def test_detached(transformer):
         (lambda s, c, u: u.pop("encoder_attention_mask"), "uncond holds .*must hold what cond holds"),
         (lambda s, c, u: s.update(timestep=s["timestep"][:1]), r"shared\['timestep'\] has 1 rows; hidden_states has 2"),
         (lambda s, c, u: c.update(encoder_attention_mask=c["encoder_attention_mask"][:1]), "has 1 rows"),
+        (lambda s, c, u: s.update(timestep=s["timestep"][0]), r"shared\['timestep'\] is a single number"),
+        (lambda s, c, u: u.update(encoder_attention_mask=None), "uncond.* is None and cond has one"),
+        (lambda s, c, u: c.update(encoder_attention_mask=None), "cond.* is None and uncond has one"),
         (
             lambda s, c, u: u.update(encoder_hidden_states=u["encoder_hidden_states"][:, :3]),
             "pad the prompts to one length",
@@ -91,6 +106,12 @@ def test_guidance_scale_and_uncond_go_together(denoiser):
         denoiser(shared, cond, guidance_scale=3.0)
 
 
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, "3"])
+def test_guidance_scale(denoiser, scale):
+    with pytest.raises(ValueError, match=f"guidance_scale={scale!r} is not allowed; it must be a finite number"):
+        denoiser(*tiny_inputs(), guidance_scale=scale)
+
+
 def test_step_position_is_asked_for(transformer):
     shared, cond, uncond = tiny_inputs()
     with (
@@ -101,10 +122,8 @@ def test_step_position_is_asked_for(transformer):
 
 
 def test_a_hook_lost_with_another_is_an_error():
-    from diffusers import FirstBlockCacheConfig
-
     transformer = tiny_transformer()
-    transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    transformer.enable_cache(FIRST_BLOCK_CACHE)
     with torch.no_grad(), Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
         transformer.disable_cache()
         with pytest.raises(RuntimeError, match="detach and attach again"):
@@ -112,12 +131,95 @@ def test_a_hook_lost_with_another_is_an_error():
 
 
 def test_feature_cache_is_refused(transformer, denoiser):
-    from diffusers import FirstBlockCacheConfig
-
-    transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    transformer.enable_cache(FIRST_BLOCK_CACHE)
     try:
         with pytest.raises(RuntimeError, match="disable_cache"):
             denoiser(*tiny_inputs(), guidance_scale=3.0)
     finally:
         transformer.disable_cache()
     denoiser(*tiny_inputs(), guidance_scale=3.0)
+
+
+CACHES = {
+    "first_block": lambda model: apply_first_block_cache(model, FIRST_BLOCK_CACHE),
+    "mag": lambda model: apply_mag_cache(model, MagCacheConfig(num_inference_steps=4, mag_ratios=[1.0] * 4)),
+    "broadcast": lambda model: apply_pyramid_attention_broadcast(
+        model, PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=int)
+    ),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_feature_cache_applied_by_a_function_is_refused(cache):
+    transformer = tiny_transformer()
+    with torch.no_grad(), Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
+        CACHES[cache](transformer)
+        with pytest.raises(RuntimeError, match="feature cache is on the transformer"):
+            denoiser(*tiny_inputs(), guidance_scale=3.0)
+
+
+def test_a_cache_outlives_the_denoiser():
+    def run(transformer):
+        shared, cond, _ = tiny_inputs()
+        with torch.no_grad(), transformer.cache_context("cond"):
+            return [transformer(**shared, **cond, return_dict=False)[0] for _ in range(2)]
+
+    blocks_run = []
+    results = []
+    for with_denoiser in (False, True):
+        transformer = tiny_transformer()
+        transformer.transformer_blocks[2].ff.register_forward_hook(lambda *_: blocks_run.append(1))
+        denoiser = Denoiser(transformer, STGConfig(layers=(1,))) if with_denoiser else None
+        transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+        if denoiser is not None:
+            denoiser.detach()
+        results.append(run(transformer))
+        assert len(blocks_run) == 1, "the second forward must come from the cache"
+        blocks_run.clear()
+    for plain, detached in zip(*results, strict=True):
+        assert torch.equal(plain, detached)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("compiled", ["whole", "blocks"])
+def test_compiled_modules_are_refused(compiled, when):
+    transformer = tiny_transformer()
+    compile_it = transformer.compile if compiled == "whole" else transformer.compile_repeated_blocks
+    if when == "before":
+        compile_it()
+    with torch.no_grad(), Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
+        if when == "after":
+            compile_it()
+        with pytest.raises(RuntimeError, match="compiled"):
+            denoiser(*tiny_inputs(), guidance_scale=3.0)
+
+
+def test_blocks_replaced_by_compiled_ones_are_refused():
+    transformer = tiny_transformer()
+    transformer.transformer_blocks[0] = torch.compile(transformer.transformer_blocks[0])
+    with pytest.raises(TypeError, match=r"torch\.compile modules"):
+        Denoiser(transformer, STGConfig(layers=(1,)))
+
+
+def test_gradient_checkpointing_is_refused_where_gradients_are_recorded():
+    transformer = tiny_transformer()
+    transformer.enable_gradient_checkpointing()
+    with Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
+        with pytest.raises(RuntimeError, match="disable_gradient_checkpointing"):
+            denoiser(*tiny_inputs(), guidance_scale=3.0)
+        with torch.no_grad():
+            denoiser(*tiny_inputs(), guidance_scale=3.0)
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps], ids=lambda take: take.__name__)
+def test_a_hooked_transformer_is_not_copied(transformer, denoiser, take):
+    with pytest.raises(TypeError, match="detach it before you copy"):
+        take(transformer)
+
+
+def test_modules_called_outside_a_guided_forward(transformer):
+    x = torch.ones(2, 24, 8)
+    plain = transformer.rope(hidden_states=x, num_frames=2, height=3, width=4), transformer.proj_in(input=x)
+    with Denoiser(transformer, STGConfig(layers=(1,))):
+        hooked = transformer.rope(hidden_states=x, num_frames=2, height=3, width=4), transformer.proj_in(input=x)
+    torch.testing.assert_close(hooked, plain, rtol=0, atol=0)

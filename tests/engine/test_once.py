@@ -5,8 +5,8 @@ import torch
 from engine.tiny import tiny_inputs, tiny_transformer
 from peft import LoraConfig
 
-from stg_engine import Denoiser, STGConfig
-from stg_engine.once import Memo
+from stg_engine import Denoiser, Skip, STGConfig
+from stg_engine.memo import Memo, weights_fingerprint
 from stg_engine.reference import passes_one_by_one
 
 CONFIG = STGConfig(layers=(1,))
@@ -136,6 +136,32 @@ def test_weights_written_in_place_are_noticed(transformer):
     assert_right(transformer, denoiser, inputs)
 
 
+def test_weights_swapped_through_data_are_noticed(transformer):
+    inputs = tiny_inputs()
+    denoiser = Denoiser(transformer, CONFIG)
+    denoiser.branches(*inputs)
+    weight = transformer.transformer_blocks[3].attn2.to_k.weight
+    weight.data = weight.data * 2
+    assert_right(transformer, denoiser, inputs)
+
+
+def test_autocast_is_noticed(transformer):
+    inputs = tiny_inputs()
+    denoiser = Denoiser(transformer, CONFIG)
+    with torch.autocast("cpu", torch.bfloat16):
+        denoiser.branches(*inputs)
+    assert_right(transformer, denoiser, inputs)
+
+
+@pytest.mark.parametrize("field", ["active_adapters", "merged_adapters", "scaling", "disable_adapters"])
+def test_fingerprint_sees_each_state_of_an_adapter(field):
+    module = torch.nn.Linear(2, 2)
+    before = weights_fingerprint([module])
+    values = {"scaling": {"a": 0.5}, "disable_adapters": True}
+    setattr(module, field, values.get(field, ["a"]))
+    assert weights_fingerprint([module]) != before
+
+
 def test_inference_mode_keeps_nothing(transformer):
     with torch.inference_mode():
         inputs = tiny_inputs()
@@ -190,6 +216,21 @@ def test_a_freed_tensor_is_not_taken_for_a_new_one():
     assert [result.item() for result in results] == [2.0 * i for i in range(50)]
 
 
+def test_nothing_is_kept_where_gradients_are_recorded():
+    memo, x = Memo(), torch.ones(2)
+    with torch.enable_grad():
+        memo.get("double", (x,), lambda: 2 * x)
+    assert len(memo) == 0
+
+
+def test_what_was_cleared_is_not_owned():
+    memo, x = Memo(), torch.ones(2)
+    result = memo.get("double", (x,), lambda: 2 * x)
+    assert memo.owns(result[1:])
+    memo.clear()
+    assert not memo.owns(result)
+
+
 def test_a_result_written_by_its_user_is_computed_again():
     memo, x = Memo(), torch.ones(2)
     memo.get("double", (x,), lambda: 2 * x).add_(1)
@@ -204,3 +245,51 @@ def test_equal_timesteps_are_embedded_once():
     with Denoiser(transformer, CONFIG) as denoiser:
         denoiser.branches(shared, cond, uncond)
     assert sizes == [2]
+
+
+@pytest.mark.parametrize("max_rows", [None, 1, 2])
+def test_prompt_is_projected_once_where_kept_rows_are_not_adjacent(transformer, calls, max_rows):
+    shared, cond, uncond = tiny_inputs()
+    skips = (Skip((0,)), Skip((2,)), Skip((1, 3)))
+    config = STGConfig(layers=(1,), extra_skips=skips)
+    with Denoiser(transformer, config, max_rows=max_rows) as denoiser:
+        apart = [i for i, names in enumerate(denoiser.plans().rows) if "skip" not in names and "skip2" in names]
+        assert apart, "the plan has no block whose rows lie apart"
+        counts = []
+        for step in range(3):
+            denoiser.branches({**shared, "timestep": shared["timestep"] - step}, cond, uncond)
+            counts.append(calls["transformer_blocks.3.attn2.to_k"])
+    assert counts[0] == counts[2] > 0
+
+
+@pytest.mark.parametrize("max_rows", [1, 2])
+def test_max_rows_bounds_every_module(transformer, max_rows):
+    shared, cond, uncond = tiny_inputs(3, per_token=True)
+    rows = {}
+    for path, module in transformer.named_modules():
+        if not list(module.children()):
+            inner = module.forward
+
+            def counted(*args, inner=inner, path=path, **kwargs):
+                tokens = args[0].ndim == 2 and len(args[0]) // 24  # time embedding: flat, 24 timesteps a video
+                rows[path] = max(rows.get(path, 0), tokens or len(args[0]))
+                return inner(*args, **kwargs)
+
+            module.forward = counted
+    with Denoiser(transformer, CONFIG, max_rows=max_rows) as denoiser:
+        denoiser.branches(shared, cond, uncond)
+    unbounded = {path for path, count in rows.items() if count > max_rows}
+    # One elementwise norm of the last hidden states, and what prepares them, sees all rows.
+    assert unbounded <= {"norm_out", "time_embed.emb.time_proj"}
+
+
+def test_self_attention_results_do_not_outlive_their_block(transformer):
+    shared, cond, uncond = tiny_inputs()
+    kept = []
+    with Denoiser(transformer, CONFIG, max_rows=1) as denoiser:
+        transformer.transformer_blocks[1].register_forward_pre_hook(
+            lambda *_: kept.append(len(denoiser._slot.run._attended))
+        )
+        denoiser.branches(shared, cond, uncond)
+    assert kept
+    assert not any(kept)
