@@ -1,0 +1,169 @@
+"""Every Triton kernel, in every form that a model launches, compiled for sm_80, sm_90 and sm_100 without a GPU.
+
+`python -m benchmarks.compile_kernels resources.csv` writes registers, stack and shared memory of each; a stack above 0
+is a spill. Launchers run on tensors without memory and are overheard, so that what is compiled is what is launched.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.shapes import SHAPES, Shape
+
+TARGETS = (80, 90, 100)
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16", torch.int64: "*i64", torch.uint8: "*u8"}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes: registers per thread, stack and shared memory in bytes."""
+
+    kernel: str
+    form: str
+    warps: int
+    target: int
+    registers: int
+    stack: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    form: str
+    arguments: tuple
+    options: dict[str, Any]
+
+
+def overheard(module: Any, form: str, call: Callable[[], object]) -> Iterator[Launch]:
+    """The launches that `call` makes of the kernels of an op's fused.py."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any) -> Any:
+        class Kernel:
+            def __getitem__(self, grid: Any) -> Callable:
+                return lambda *args, **options: launches.append(Launch(kernel, form, args, options))
+
+        return Kernel()
+
+    kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+    with mock.patch.multiple(module, check_device=lambda x: None, **{k: record(v) for k, v in kernels.items()}):
+        call()
+    yield from launches
+
+
+def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
+    """All ops as this model launches them."""
+    form = f"{shape.model.split(',')[0]}, {str(dtype).removeprefix('torch.')}"
+
+    def new(*size: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    modules = {name: import_module(f"stg_kernels.{name}.fused") for name in (
+        "norm_modulate", "residual_gate", "qk_norm_rope", "combine_guidance"
+    )}  # fmt: skip
+    c = shape.channels
+    x, vector, weight = new(2, 16, c), new(2, 1, c), new(c)
+    row_map = new(2, kind=torch.int64)
+    norm, residual = modules["norm_modulate"], modules["residual_gate"]
+    for words, options in (
+        ("modulated", {"scale": vector, "shift": vector, "row_map": row_map}),
+        ("weight", {"weight": weight}),
+        ("layer", {"weight": weight, "bias": weight, "subtract_mean": True}),
+    ):
+        yield from overheard(norm, f"{form}, {words}", lambda o=options: norm.norm_modulate(x, **o))
+    yield from overheard(residual, f"{form}, gate", lambda: residual.residual_gate(x, x, vector))
+    yield from overheard(
+        residual,
+        f"{form}, gate and norm",
+        lambda: residual.residual_gate_norm_modulate(
+            x, x, vector, vector, vector, weight, weight, subtract_mean=shape.layer_norm, row_map=row_map
+        ),
+    )
+    q, normed = new(2, 16, shape.heads, shape.head_size), new(shape.head_size if shape.per_head else c)
+    table = new(1, 16, 1 if shape.per_head else shape.heads, shape.head_size // 2, kind=torch.float32)
+    rope = modules["qk_norm_rope"]
+    for interleaved in (True, False):
+        arguments = {"q_weight": normed, "k_weight": normed, "cos": table, "sin": table, "per_head": shape.per_head}
+        if shape.layer_norm and shape.per_head:
+            arguments |= {"q_bias": normed, "k_bias": normed, "subtract_mean": True}
+        words = f"{form}, {'interleaved' if interleaved else 'split'}"
+        yield from overheard(
+            rope, words, lambda a=arguments, i=interleaved: rope.qk_norm_rope(q, q, interleaved=i, **a)
+        )
+    combine, rows, scales = modules["combine_guidance"], new(6, 512, shape.latent), new(3, kind=torch.float32)
+    for options in ({}, {"rescale": True}, {"rescale": True, "over_batch": True}, {"rescale": True, "cfg_star": True}):
+        words = f"{form}, {', '.join(options) or 'plain'}"
+        yield from overheard(combine, words, lambda o=options: combine.combine_guidance(rows, scales, True, **o))
+
+
+def compiled(launch: Launch, target: int) -> Resources:
+    names = launch.kernel.arg_names
+    values = dict(zip(names, launch.arguments, strict=False)) | {n: launch.options[n] for n in names if n in launch.options}
+    constants = {p.name for p in launch.kernel.params if p.is_constexpr}
+    signature = {n: "constexpr" if n in constants else _type(values[n]) for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if isinstance(values[n], Tensor)}
+    source = ASTSource(launch.kernel, signature, {n: values[n] for n in constants}, aligned)
+    warps = launch.options["num_warps"]
+    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
+    registers, stack = _usage(binary.asm["cubin"])
+    return Resources(launch.kernel.__name__, launch.form, warps, target, registers, stack, binary.metadata.shared)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def all_launches() -> dict[tuple, Launch]:
+    """One per distinct kernel binary: models with equal sizes share theirs."""
+    distinct: dict[tuple, Launch] = {}
+    for shape in SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for launch in launches_of(shape, dtype):
+                kinds = tuple(v.dtype if isinstance(v, Tensor) else type(v) for v in launch.arguments)
+                distinct.setdefault((launch.kernel, kinds, tuple(sorted(launch.options.items()))), launch)
+    return distinct
+
+
+def main(path: str, targets: tuple[int, ...] = TARGETS) -> None:
+    rows = [compiled(launch, target) for launch in all_launches().values() for target in targets]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Resources)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

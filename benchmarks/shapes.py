@@ -1,0 +1,34 @@
+"""True shapes of the models that STG was published for, one row per transformer and resolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """C = heads * head_size channels; `tokens` of a video at the named resolution, `latent` values per token."""
+
+    model: str
+    tokens: int
+    heads: int
+    head_size: int
+    latent: int
+    per_head: bool = False
+    layer_norm: bool = False
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_size
+
+
+SHAPES = (
+    Shape("LTX-Video 2B, 768x512x121", 6144, 32, 64, 128),
+    Shape("LTX-Video 13B, 1216x704x121", 13376, 32, 128, 128),
+    Shape("Mochi, 848x480x85", 22260, 24, 128, 48, per_head=True),
+    Shape("CogVideoX-2B, 720x480x49", 17550, 30, 64, 64, per_head=True, layer_norm=True),
+    Shape("CogVideoX-5B, 720x480x49", 17550, 48, 64, 64, per_head=True, layer_norm=True),
+    Shape("HunyuanVideo, 512x320x61", 10240, 24, 128, 64, per_head=True, layer_norm=True),
+    Shape("Wan 2.1 1.3B, 832x480x81", 32760, 12, 128, 64, layer_norm=True),
+    Shape("Wan 2.1 14B, 832x480x81", 32760, 40, 128, 64, layer_norm=True),
+)

@@ -1,0 +1,92 @@
+"""Which implementation of an op runs. Used by the ops' `api.py` alone."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_kernels import ops
+
+IMPLS = ("reference", "fused", "native")
+MODULATION = "x's dtype or float32"
+
+
+@functools.cache
+def native_devices() -> frozenset[str]:
+    """Device types that the compiled library serves; empty if it was not built. A broken library raises."""
+    if importlib.util.find_spec("stg_kernels._C") is None:
+        return frozenset()
+    from stg_kernels import _C
+
+    torch.ops.load_library(_C.__file__)
+    return frozenset(_C.DEVICES)
+
+
+def run(name: str, impl: str | None, device: torch.device, *arguments: Any) -> Any:
+    """Call op `name`. `impl=None`: Triton on CUDA; on CPU the compiled library, the reference where there is none."""
+    if impl not in (None, *IMPLS):
+        raise ValueError(f"impl={impl!r} is not allowed; choose one of None, {', '.join(map(repr, IMPLS))}")
+    if impl == "native" and device.type not in native_devices():
+        built = ", ".join(sorted(native_devices())) or "nothing"
+        raise RuntimeError(f"impl='native' is not there for {device.type}: the compiled library was built for {built}")
+    if impl == "native" or (impl is None and device.type == "cpu" and "cpu" in native_devices()):
+        return getattr(torch.ops.stg, f"{name}_native")(*arguments)
+    if impl is None:
+        return getattr(torch.ops.stg, name)(*arguments)
+    module = importlib.import_module(f"stg_kernels.{ops.FOLDERS[name]}.{impl}")
+    return getattr(module, name)(*arguments)
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """`ValueError` for a tensor that is not floating point; `TypeError` for what is no tensor."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}={tensor!r} is not allowed; it must be a tensor")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; it must be a floating point tensor")
+
+
+def check_beside(x: Tensor, /, **tensors: Tensor | None) -> None:
+    """`ValueError` unless every tensor is on x's device with x's dtype or float32, its last dimension contiguous."""
+    check_floating(**tensors)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on {x.device}, as x is")
+        if tensor.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name} has dtype {tensor.dtype}; it must have {x.dtype}, as x, or float32")
+        if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; it must be 1")
+
+
+def check_shape(name: str, tensor: Tensor | None, *allowed: Iterable[int]) -> None:
+    """`ValueError` unless each dimension of the tensor has one of the allowed sizes."""
+    if tensor is None:
+        return
+    sizes = tuple(tuple(sizes) for sizes in allowed)
+    if tensor.ndim != len(sizes) or any(size not in ok for size, ok in zip(tensor.shape, sizes, strict=False)):
+        words = ", ".join(" or ".join(map(str, dict.fromkeys(ok))) for ok in sizes)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{words}]")
+
+
+def check_row_map(row_map: Tensor | None, x: Tensor, **tables: Tensor | None) -> tuple[int, ...]:
+    """Sizes allowed for dim 0 of the tables: R or 1, or the one size that all tables have if a row map is given."""
+    if row_map is None:
+        return (x.shape[0], 1)
+    if row_map.dtype != torch.int64 or row_map.shape != x.shape[:1] or row_map.device != x.device:
+        raise ValueError(
+            f"row_map is {row_map.dtype} {tuple(row_map.shape)} on {row_map.device}; "
+            f"it must be int64 [{x.shape[0]}] on {x.device}"
+        )
+    sizes = {tensor.shape[0] for tensor in tables.values() if tensor is not None and tensor.ndim > 0}
+    if len(sizes) > 1:
+        raise ValueError(f"{', '.join(tables)} have {sorted(sizes)} rows; with a row_map they must have equally many")
+    return tuple(sizes)
