@@ -28,7 +28,7 @@ from benchmarks.shapes import SHAPES, Shape
 
 TARGETS = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16", torch.int64: "*i64", torch.uint8: "*u8"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
 
 def compiled(launch: Launch, target: int) -> Resources:
     names = launch.kernel.arg_names
-    values = dict(zip(names, launch.arguments, strict=False)) | {n: launch.options[n] for n in names if n in launch.options}
+    values = dict(zip(names, launch.arguments, strict=False)) | launch.options
     constants = {p.name for p in launch.kernel.params if p.is_constexpr}
     signature = {n: "constexpr" if n in constants else _type(values[n]) for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if isinstance(values[n], Tensor)}

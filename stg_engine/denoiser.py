@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from stg_engine import guidance
 from stg_engine.config import StepGuidance, STGConfig, number
+from stg_engine.fused import Fusion
+from stg_engine.guard import refuse_compiled, refuse_in_guided_step
 from stg_engine.inputs import Inputs, all_rows, check_inputs
 from stg_engine.memo import Memo, weights_fingerprint
 from stg_engine.models import spec_of
@@ -28,9 +30,10 @@ class Denoiser:
     transformer  a supported diffusers transformer, in eval mode; hooked until `detach()`, never replaced
     config       an `STGConfig`; None takes the preset published for the model
     execution    "batched": all rows of a block at once; "serial": a block row by row, least memory, every branch
-                 bitwise equal to its pass run alone on that video
+                 bitwise equal to its pass run alone on that video with the same kernels
     max_rows     at most this many rows at once; serial is max_rows=1
-    kernels      "auto": fused kernels where they exist for family and device (none yet); "off": the modules as they are
+    kernels      "auto": blocks and guidance from `stg_kernels` where family and device have them; "off": the modules as
+                 they are. `fusion.used` says what the last guided step ran
 
     What follows from prompt and weights alone is kept from step to step; call `release()` after writing weights through
     `weight.data`. `differences` holds, per skip branch, max |c - p| of its first step, a scalar tensor: 0 means that
@@ -49,15 +52,10 @@ class Denoiser:
         max_rows: int | None = None,
         kernels: str = "auto",
     ) -> None:
-        if hasattr(transformer, "_orig_mod"):
-            raise TypeError(
-                "transformer is a torch.compile module; hook the module that was compiled, transformer._orig_mod"
-            )
-        self.spec = spec_of(transformer)
+        self.spec = spec_of(getattr(transformer, "_orig_mod", transformer))
         self.transformer = transformer
         self.blocks = self.spec.block_list(transformer)
-        if any(hasattr(block, "_orig_mod") for block in self.blocks):
-            raise TypeError("transformer holds blocks that are torch.compile modules; put the blocks themselves back")
+        refuse_compiled(transformer, self.blocks)
         self.config = self._published() if config is None else config
         self.max_rows = _max_rows(execution, max_rows)
         self.execution, self.kernels = execution, kernels
@@ -68,6 +66,8 @@ class Denoiser:
             raise ValueError("transformer has a Denoiser already; detach it first")
         self.memo = Memo()
         self.differences: dict[str, Tensor] = {}
+        self.fusion = Fusion(self.spec.fused, kernels)
+        self._scales: dict[tuple, Tensor] = {}
         self._slot = Slot()
         self._plans: dict[tuple[StepGuidance, bool], Plan] = {}
         self._hooked: list[nn.Module] = []
@@ -101,9 +101,10 @@ class Denoiser:
             raise ValueError("guidance_scale=None is not allowed with uncond; pass g of u + g (c - u)")
         if uncond is None and guidance_scale not in (None, 1, 1.0):
             raise ValueError(f"guidance_scale={guidance_scale} needs uncond, which is None")
-        outputs = self.predict(step, shared, cond, uncond)
+        names, outputs = self.predict(step, shared, cond, uncond)
         scale = 1.0 if guidance_scale is None else guidance_scale
-        return _map(lambda branches: self.combine(step, branches, scale).to(branches["cond"].dtype), outputs)
+        guided = tuple(self.combine(step, names, rows, scale, dtype=rows.dtype) for rows in outputs)
+        return guided if len(guided) > 1 else guided[0]
 
     def branches(
         self,
@@ -115,7 +116,9 @@ class Denoiser:
         sigma: float | None = None,
     ) -> Any:
         """The predictions before they are combined: {"cond": ..., "uncond": ..., "skip": ..., "skip2": ...}."""
-        return self.predict(self.config.at(progress, sigma), shared, cond, uncond)
+        names, outputs = self.predict(self.config.at(progress, sigma), shared, cond, uncond)
+        branches = tuple(dict(zip(names, rows.chunk(len(names)), strict=True)) for rows in outputs)
+        return branches if len(branches) > 1 else branches[0]
 
     def plan(self, step: StepGuidance, *, uncond: bool = True) -> Plan:
         """Rows per block for one step's guidance."""
@@ -155,8 +158,11 @@ class Denoiser:
         cond: Inputs,
         uncond: Inputs | None,
         forward: Callable[..., Any] | None = None,
-    ) -> Any:
-        """Run the branches of one step; `forward` stands in for the transformer's own (a hook's inner forward)."""
+    ) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+        """Run the branches of one step: their names, and each output's rows [K * B, ...] in that order.
+
+        `forward` stands in for the transformer's own (a hook's inner forward).
+        """
         if not self._hooked:
             raise RuntimeError("this Denoiser is detached; make a new one")
         forward = self.transformer if forward is None else forward
@@ -165,47 +171,74 @@ class Denoiser:
         names = tuple(branch.name for branch in plan.branches)
         if not step.skips:  # plain diffusers, whatever else is on
             rows = all_rows(self.spec, names, shared, cond, uncond)
-            return self._by_branch(forward(**rows, return_dict=False), names)
-        self._refuse_other_hooks()
-        self._refuse_lost_hooks()
+            return names, forward(**rows, return_dict=False)
+        refuse_compiled(self.transformer, self._hooked)
+        refuse_in_guided_step(self.transformer, self._forwards)
         try:
             prompt = [*cond.values(), *(() if uncond is None else uncond.values())]
             self.memo.keep_only(self._source(shared), prompt)
-            self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo)
+            fused = self.fusion.forwards(self.blocks, shared[self.spec.latents[0]])
+            self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused)
             rows = all_rows(self.spec, names, shared, cond, uncond, self.memo)
-            outputs = self._by_branch(forward(**rows, return_dict=False), names)
+            outputs = forward(**rows, return_dict=False)
         except BaseException:
             self.release()
             raise
         finally:
             self._slot.run = None
-        self._note_differences(step, outputs)
-        return outputs
+        self._note_differences(step, names, outputs[0])
+        return names, outputs
 
     def combine(
-        self, step: StepGuidance, branches: Mapping[str, Tensor], guidance_scale: float, rescale: float = 0.0
+        self,
+        step: StepGuidance,
+        names: tuple[str, ...],
+        rows: Tensor,
+        guidance_scale: float,
+        rescale: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """`guidance.combine` with this config's conventions; float32. `rescale` stands in where the step has none."""
+        """The guided prediction [B, ...] of `predict`'s rows, by this config's conventions, rounded once, to `dtype`.
+
+        `rescale` stands in where the step has none. `guidance.combine`, or `stg_kernels.combine_guidance` where the
+        step's blocks were fused.
+        """
+        rescale = step.rescale or rescale
+        if step.skips and self.fusion.is_on and self.config.arithmetic == "float32" and rows.is_contiguous():
+            from stg_kernels import combine_guidance
+
+            has_uncond = "uncond" in names
+            return combine_guidance(
+                rows,
+                self._device_scales((guidance_scale, rescale, *(skip.scale for skip in step.skips)), rows.device),
+                has_uncond=has_uncond,
+                rescale=rescale > 0,
+                over_batch=self.config.rescale_over == "batch",
+                cfg_star=self.config.cfg_star and has_uncond,
+                dtype=dtype,
+            )
+        branches = dict(zip(names, rows.chunk(len(names)), strict=True))
         return guidance.combine(
             branches["cond"],
             branches.get("uncond"),
             [(branches[name], skip.scale) for name, skip in zip(step.names, step.skips, strict=True)],
             guidance_scale=guidance_scale,
-            rescale=step.rescale or rescale,
+            rescale=rescale,
             cfg_star=self.config.cfg_star,
             rescale_over=self.config.rescale_over,
             arithmetic=self.config.arithmetic,
-        )
+        ).to(dtype)
 
-    def _by_branch(self, outputs: tuple[Tensor, ...], names: tuple[str, ...]) -> Any:
-        branches = tuple(dict(zip(names, output.chunk(len(names)), strict=True)) for output in outputs)
-        return branches if len(branches) > 1 else branches[0]
+    def _device_scales(self, values: tuple[float, ...], device: torch.device) -> Tensor:
+        if (values, device) not in self._scales:
+            self._scales = {(values, device): torch.tensor(values, device=device)}
+        return self._scales[values, device]
 
-    def _note_differences(self, step: StepGuidance, outputs: Any) -> None:
-        first = outputs[0] if isinstance(outputs, tuple) else outputs
+    def _note_differences(self, step: StepGuidance, names: tuple[str, ...], rows: Tensor) -> None:
+        branches = dict(zip(names, rows.chunk(len(names)), strict=True))
         for name in step.names:
             if name not in self.differences:
-                self.differences[name] = guidance.largest_difference(first["cond"], first[name])
+                self.differences[name] = guidance.largest_difference(branches["cond"], branches[name])
 
     def _source(self, shared: Inputs) -> Any:
         """All that the prompt's keys and values follow from but the prompt."""
@@ -236,34 +269,6 @@ class Denoiser:
 
     def _plan_options(self) -> dict[str, Any]:
         return {"prompt_block": self.spec.prompt_block, "shares_attention": self.spec.shares_attention}
-
-    def _refuse_other_hooks(self) -> None:
-        for module in self.transformer.modules():
-            for hook in getattr(vars(module).get("_diffusers_hook"), "hooks", {}).values():
-                if hook._is_stateful:
-                    raise RuntimeError(
-                        f"a diffusers feature cache is on the transformer ({type(hook).__name__}); it keeps results of "
-                        "a fixed batch and mixes up branches whose rows come and go. Switch it off "
-                        "(transformer.disable_cache() if enable_cache() put it there), or set scale=0.0"
-                    )
-        if any(vars(module).get("_compiled_call_impl") for module in (self.transformer, *self._hooked)):
-            raise RuntimeError(
-                "the transformer or its blocks are compiled (compile(), compile_repeated_blocks()), which stg_engine "
-                "does not support yet; attach to a transformer that is not compiled, or set scale=0.0"
-            )
-        if torch.is_grad_enabled() and getattr(self.transformer, "gradient_checkpointing", False):
-            raise RuntimeError(
-                "gradient checkpointing runs blocks again after the guided forward has ended; call "
-                "transformer.disable_gradient_checkpointing(), or run under torch.no_grad()"
-            )
-
-    def _refuse_lost_hooks(self) -> None:
-        for hook, forward in self._forwards:
-            if hook.fn_ref.forward is not forward:
-                raise RuntimeError(
-                    "another hook was taken off the transformer and took stg_engine's with it (diffusers puts an older "
-                    "forward back, for example in disable_cache()); detach and attach again"
-                )
 
     def _install(self) -> None:
         hooks: list[tuple[nn.Module, Any]] = []
@@ -304,7 +309,3 @@ def _max_rows(execution: str, max_rows: int | None) -> int | None:
     if execution == "serial" and max_rows not in (None, 1):
         raise ValueError(f"max_rows={max_rows} is not allowed with execution='serial', which runs one row at a time")
     return 1 if execution == "serial" else max_rows
-
-
-def _map(function: Callable[[Mapping[str, Tensor]], Tensor], outputs: Any) -> Any:
-    return tuple(map(function, outputs)) if isinstance(outputs, tuple) else function(outputs)

@@ -117,8 +117,8 @@ class Engine:
         return_dict = arguments.pop("return_dict", True)
         copies = 2 if self.pipe.do_classifier_free_guidance else 1
         shared, cond, uncond = split_rows(self.denoiser.spec, arguments, copies)
-        branches = self.denoiser.predict(step, shared, cond, uncond if guidance_scale > 1 else None, forward)
-        guided = self.denoiser.combine(step, branches, guidance_scale, self._pipeline_rescale())
+        names, (rows, *_) = self.denoiser.predict(step, shared, cond, uncond if guidance_scale > 1 else None, forward)
+        guided = self.denoiser.combine(step, names, rows, guidance_scale, self._pipeline_rescale())
         guided = guided.repeat(copies, *[1] * (guided.ndim - 1))
         return Transformer2DModelOutput(sample=guided) if return_dict else (guided,)
 
@@ -164,6 +164,7 @@ class Engine:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 self._report.peak_bytes = torch.cuda.max_memory_allocated(device)
+            self._report.kernels = denoiser.fusion.used
             self._report.seconds = time.perf_counter() - began
             self._report.differences = {name: value.item() for name, value in denoiser.differences.items()}
         finally:

@@ -65,7 +65,7 @@ def new_report(denoiser: Any, plan: Plan | Plans, device: torch.device) -> Repor
         family=denoiser.spec.family,
         plan=plan,
         execution=denoiser.execution if denoiser.max_rows in (None, 1) else f"at most {denoiser.max_rows} rows at once",
-        kernels="modules as they are",
+        kernels=denoiser.fusion.used,
         attention=attention_backend(denoiser.blocks[0].get_submodule(denoiser.spec.self_attention)),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         dtype=str(denoiser.transformer.dtype).removeprefix("torch."),

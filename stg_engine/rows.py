@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -40,29 +41,46 @@ class Run:
     videos     B
     max_rows   rows that a module gets at once; None: all of them
     memo       keeps rows selected from what depends on the prompt alone
+    fused      per block: its forward built from `stg_kernels`, or None for the module's own
     """
 
-    def __init__(self, plan: Plan, spec: Any, videos: int, max_rows: int | None, memo: Memo) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        spec: Any,
+        videos: int,
+        max_rows: int | None,
+        memo: Memo,
+        fused: Sequence[Forward | None],
+    ) -> None:
         self.plan, self.spec, self.videos, self.max_rows, self.memo = plan, spec, videos, max_rows, memo
+        self.fused = fused
         self.names = tuple(branch.name for branch in plan.branches)
         self._live = self.names
         self._states: dict[str, tuple[tuple[Tensor, ...], int]] = {}
-        self._taken: dict[tuple[int, tuple[str, ...]], tuple[Any, Any]] = {}
+        self._once: dict[Any, tuple[Any, Any]] = {}
         self._current: list[Row] = []
         self._attended: dict[Row, Tensor] = {}
 
-    def block(self, index: int, forward: Forward, arguments: dict[str, Any]) -> Any:
+    def block(self, index: int, module: nn.Module, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run block `index` on the rows that the plan gives it; returns what the module returns, with those rows."""
+        fused = self.fused[index]
+        if fused is not None:
+            forward = partial(fused, self, index, module)
         self._receive(index, tuple(arguments[name] for name in self.spec.streams))
         names = self.plan.rows[index]
         inputs = self._streams(names)
         self._states = {name: self._source(name) for name in self.plan.passing(index)}
         arguments = dict(arguments)
-        for name in self.spec.block_rows:
+        per_video = self.spec.shared_rows if fused is not None else ()
+        carriers = tuple(name for name in self.spec.block_rows if name not in per_video)
+        for name in per_video:
+            arguments[name] = self._one_per_video(arguments.get(name))
+        for name in carriers:
             arguments[name] = self._take(arguments.get(name), names)
         arguments.update(zip(self.spec.streams, inputs, strict=True))
         rows = [(name, video) for name in names for video in range(self.videos)]
-        outputs = self._in_chunks(forward, arguments, rows)
+        outputs = self._in_chunks(forward, arguments, rows, (*self.spec.streams, *carriers))
         self._attended.clear()
         self._live = names
         if index == self.plan.num_blocks - 1:
@@ -71,8 +89,23 @@ class Run:
             self._states.clear()
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def _in_chunks(self, forward: Forward, arguments: dict[str, Any], rows: list[Row]) -> tuple[Tensor, ...]:
-        carriers = (*self.spec.streams, *self.spec.block_rows)
+    def videos_of_rows(self, device: torch.device) -> Tensor | None:
+        """int64 [R]: the video of each row that the block in hand has; None if there is but one."""
+        return None if self.videos == 1 else _index(tuple(video for _, video in self._current), device)
+
+    def _one_per_video(self, value: Any) -> Any:
+        return self.once("videos", value, lambda: narrow(value, 0, self.videos))
+
+    def once(self, name: Any, source: Any, compute: Callable[[], Any]) -> Any:
+        """`compute()`, which follows from `source`, once per guided forward."""
+        key = (name, id(source[0] if isinstance(source, tuple) else source))
+        if key not in self._once:
+            self._once[key] = (source, compute())
+        return self._once[key][1]
+
+    def _in_chunks(
+        self, forward: Forward, arguments: dict[str, Any], rows: list[Row], carriers: Sequence[str]
+    ) -> tuple[Tensor, ...]:
         chunks = []
         for start, stop in chunk_ranges(len(rows), self.max_rows):
             self._current = rows[start:stop]
@@ -85,17 +118,29 @@ class Run:
             chunks.append(output if isinstance(output, tuple) else (output,))
         return chunks[0] if len(chunks) == 1 else tuple(map(torch.cat, zip(*chunks, strict=True)))
 
-    def self_attention(self, index: int, module: nn.Module, forward: Forward, arguments: dict[str, Any]) -> Tensor:
-        """Self-attention of the current rows: once for rows with equal input, V alone for rows that skip it."""
+    def self_attention(
+        self,
+        index: int,
+        module: nn.Module,
+        forward: Forward,
+        arguments: dict[str, Any],
+        carriers: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Self-attention of the current rows: once for rows with equal input, V alone for rows that skip it.
+
+        carriers  the arguments with one entry per row, the input first; None: the module's, as the spec says
+        """
         twins = self.plan.shared_attention(index)
         skipping = self.plan.skipping_attention(index)
+        if not twins and not skipping:
+            return forward(**arguments)
         owners = [(twins.get(name, name), video) for name, video in self._current]
         skipped = [i for i, (name, _) in enumerate(self._current) if name in skipping]
         first = {owner: i for i, owner in reversed(list(enumerate(owners))) if i not in skipped}
         missing = sorted(i for owner, i in first.items() if owner not in self._attended)
         if not skipped and len(missing) == len(owners) and self.max_rows is None:
             return forward(**arguments)
-        carriers = self.spec.attention_rows
+        carriers = self.spec.attention_rows if carriers is None else carriers
         results: dict[Row, Tensor] = {}
         if missing:
             part = {k: select(v, missing) if k in carriers else v for k, v in arguments.items()}
@@ -134,11 +179,8 @@ class Run:
     def _take(self, value: Any, names: tuple[str, ...]) -> Any:
         if value is None or names == self.names:
             return value
-        key = (id(value), names)
-        if key not in self._taken:
-            rows = [self.names.index(name) * self.videos + video for name in names for video in range(self.videos)]
-            self._taken[key] = (value, self._select(value, rows))
-        return self._taken[key][1]
+        rows = [self.names.index(name) * self.videos + video for name in names for video in range(self.videos)]
+        return self.once(names, value, lambda: self._select(value, rows))
 
     def _select(self, value: Any, rows: Sequence[int]) -> Any:
         """`select`; of a prompt's tensor the same result in every step, so that what follows from it is found again."""
@@ -214,7 +256,7 @@ class BlockHook(ArgumentHook):
         forward = self.fn_ref.original_forward
         if self.slot.run is None:
             return forward(*args, **kwargs)
-        return self.slot.run.block(self.index, forward, self.bind(module, args, kwargs))
+        return self.slot.run.block(self.index, module, forward, self.bind(module, args, kwargs))
 
 
 class SelfAttentionHook(ArgumentHook):
@@ -226,12 +268,30 @@ class SelfAttentionHook(ArgumentHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward, run = self.fn_ref.original_forward, self.slot.run
-        if run is None or not (run.plan.shared_attention(self.index) or run.plan.skipping_attention(self.index)):
+        if run is None:
             return forward(*args, **kwargs)
         return run.self_attention(self.index, module, forward, self.bind(module, args, kwargs))
 
 
 HOOK_NAME = "stg_engine"
+
+
+def is_plain(module: nn.Module) -> bool:
+    """True if calling the module runs its class's forward alone, but for hooks of this package."""
+    attributes = vars(module)
+    hooks = getattr(attributes.get("_diffusers_hook"), "hooks", {})
+    return (
+        not attributes["_forward_hooks"]
+        and not attributes["_forward_pre_hooks"]
+        and "_hf_hook" not in attributes
+        and all(isinstance(hook, EngineHook) for hook in hooks.values())
+        and ("forward" not in attributes or bool(hooks))
+    )
+
+
+@lru_cache(maxsize=256)
+def _index(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ LAYERS = [
     {"config", "media"},
     {"presets", "plan", "guidance", "memo"},
     {"rows"},
-    {"models", "fused", "once"},
+    {"models", "fused", "once", "guard"},
     {"inputs"},
     {"denoiser", "reference"},
     {"report", "compare"},
@@ -43,7 +43,7 @@ ONLY_IN = {
     "register_hook": {"rows"},
     "remove_hook": {"rows"},
     "ModelHook": {"rows"},
-    "EngineHook": {"rows", "once"},  # to subclass; only rows installs them
+    "EngineHook": {"rows", "once", "guard"},  # to subclass; only rows installs them
     "ArgumentHook": {"rows", "pipeline"},
     "register_forward_hook": {"reference"},  # the oracle skips a block the way the published pipelines do
     "register_forward_pre_hook": {"reference"},

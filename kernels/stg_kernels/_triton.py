@@ -16,8 +16,18 @@ def table_offset(row, token, row_map_ptr, stride_row, stride_token, HAS_ROW_MAP:
 
 
 @triton.jit
-def normalize(x, columns, mask, weight_ptr, bias_ptr, eps, C: tl.constexpr, SUBTRACT_MEAN: tl.constexpr,
-              HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+def normalize(
+    x,
+    columns,
+    mask,
+    weight_ptr,
+    bias_ptr,
+    eps,
+    C: tl.constexpr,
+    SUBTRACT_MEAN: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """RMSNorm or LayerNorm of one token, float32; lanes outside `mask` must be 0."""
     if SUBTRACT_MEAN:
         x = tl.where(mask, x - tl.sum(x, axis=0) / C, 0.0)
@@ -59,10 +69,11 @@ def warps(elements: int) -> int:
 def check_device(x: Tensor) -> None:
     """`RuntimeError` on a tensor that Triton cannot reach."""
     if not x.is_cuda and not triton.knobs.runtime.interpret:
-        raise RuntimeError(f"impl='fused' needs CUDA tensors, these are on {x.device}; TRITON_INTERPRET=1 runs it there")
+        raise RuntimeError(
+            f"impl='fused' needs CUDA tensors, these are on {x.device}; TRITON_INTERPRET=1 runs it there"
+        )
 
 
 def pointer(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
     """An absent tensor's argument: any tensor will do, the kernel does not read it."""
     return stand_in if tensor is None else tensor
-

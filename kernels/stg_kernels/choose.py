@@ -13,7 +13,7 @@ from torch import Tensor
 from stg_kernels import ops
 
 IMPLS = ("reference", "fused", "native")
-MODULATION = "x's dtype or float32"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -25,6 +25,13 @@ def native_devices() -> frozenset[str]:
 
     torch.ops.load_library(_C.__file__)
     return frozenset(_C.DEVICES)
+
+
+def accelerates(device: torch.device) -> bool:
+    """True if ops run compiled code on this device: Triton on CUDA, the compiled library elsewhere."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return device.type in native_devices()
 
 
 def run(name: str, impl: str | None, device: torch.device, *arguments: Any) -> Any:

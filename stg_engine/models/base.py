@@ -21,6 +21,7 @@ class ModelSpec:
     prompt             transformer arguments with one entry per video that differ between cond and uncond
     streams            block arguments that the block returns, in the order in which it returns them
     block_rows         further block arguments with one entry per row (a tensor or a tuple of tensors)
+    shared_rows        those of block_rows that are equal in all branches
     self_attention     path of the self-attention inside a block
     attention_rows     its arguments with one entry per row; the first one is the input
     value_passthrough  (self-attention module, input [R, S, C]) -> [R, S, C]: attention skip, the result is V
@@ -31,6 +32,7 @@ class ModelSpec:
     once_per_prompt    modules of one argument that depend on prompt and weights alone, not on the timestep
     once_per_prompt_in_block   the same, paths inside each block
     per_row            further modules of one row argument, run `max_rows` rows at a time
+    fused              module of `stg_engine.fused` with the block's forward from `stg_kernels`, or None
     presets            number of blocks -> name of the published preset
     """
 
@@ -51,6 +53,8 @@ class ModelSpec:
     once_per_prompt: tuple[str, ...] = ()
     once_per_prompt_in_block: tuple[str, ...] = ()
     per_row: tuple[str, ...] = ()
+    shared_rows: tuple[str, ...] = ()
+    fused: str | None = None
     presets: dict[int, str] = field(default_factory=dict)
 
     def block_list(self, transformer: nn.Module) -> list[nn.Module]:

@@ -25,6 +25,7 @@ LTX_VIDEO = register(
         prompt=("encoder_hidden_states", "encoder_attention_mask"),
         streams=("hidden_states",),
         block_rows=("encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"),
+        shared_rows=("temb", "image_rotary_emb"),
         self_attention="attn1",
         attention_rows=("hidden_states", "image_rotary_emb"),
         value_passthrough=value_passthrough,
@@ -34,6 +35,7 @@ LTX_VIDEO = register(
         once_per_prompt=("caption_projection",),
         once_per_prompt_in_block=("attn2.to_k", "attn2.norm_k", "attn2.to_v"),
         per_row=("proj_out",),
+        fused="ltx",
         presets={28: "ltx-video-2b", 48: "ltx-video-13b"},
     )
 )

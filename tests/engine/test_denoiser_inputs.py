@@ -187,9 +187,11 @@ def test_compiled_modules_are_refused(compiled, when):
     compile_it = transformer.compile if compiled == "whole" else transformer.compile_repeated_blocks
     if when == "before":
         compile_it()
+        with pytest.raises(RuntimeError, match="compiled"):
+            Denoiser(transformer, STGConfig(layers=(1,)))
+        return
     with torch.no_grad(), Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
-        if when == "after":
-            compile_it()
+        compile_it()
         with pytest.raises(RuntimeError, match="compiled"):
             denoiser(*tiny_inputs(), guidance_scale=3.0)
 

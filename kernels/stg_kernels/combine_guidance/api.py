@@ -65,6 +65,5 @@ def combine_guidance(
             raise ValueError(f"dt is {dt.dtype} {tuple(dt.shape)} on {dt.device}; it must be float32 [1]")
         if dtype not in (None, latents.dtype):
             raise ValueError(f"dtype={dtype} is not allowed with latents, whose dtype the result has")
-    return run(
-        "combine_guidance", impl, rows.device, rows, scales, has_uncond, rescale, over_batch, cfg_star, dtype, latents, dt
-    )
+    arguments = (rows, scales, has_uncond, rescale, over_batch, cfg_star, dtype, latents, dt)
+    return run("combine_guidance", impl, rows.device, *arguments)

@@ -101,8 +101,17 @@ def _moments_kernel(
 
 
 @triton.jit
-def _video_moments(scales_ptr, moments_ptr, video, elements, chunk, chunks, CHUNKS: tl.constexpr,
-                   CFG_STAR: tl.constexpr, MOMENTS: tl.constexpr):
+def _video_moments(
+    scales_ptr,
+    moments_ptr,
+    video,
+    elements,
+    chunk,
+    chunks,
+    CHUNKS: tl.constexpr,
+    CFG_STAR: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
     """Over one video: mean and M2 of guided, of cond, and CFG-star's correction b, guided += b u."""
     i = tl.arange(0, CHUNKS)
     inside = i < chunks

@@ -31,7 +31,8 @@ def qk_norm_rope(
     alone if `per_head` (Mochi, CogVideoX, HunyuanVideo). rope (arXiv 2104.09864) turns pairs (a, b) of a head:
     `a cos - b sin, b cos + a sin`; pair i is (2 i, 2 i + 1) if `interleaved`, else (i, i + D / 2).
 
-    q, k            [R, S, N, D] float32, bfloat16, float16; one shape and dtype; a token's N * D values contiguous; D even
+    q, k            [R, S, N, D] float32, bfloat16, float16; one shape and dtype; a token's N * D values contiguous;
+                    D even
     weights, biases [N * D], or [D] if per_head; q's dtype or float32
     cos, sin        float32 [R or 1, S, N or 1, D / 2], one value per pair, a token's values contiguous; both
                     or neither
@@ -59,12 +60,14 @@ def qk_norm_rope(
         raise ValueError(f"q has head size {size}; it must be even")
     rows = check_row_map(row_map, q, cos=cos, sin=sin)
     for name, table in (("cos", cos), ("sin", sin)):
+        if table is None or cos is None:
+            continue
         check_beside(q, **{name: table})
         check_shape(name, table, rows, (tokens,), (heads, 1), (size // 2,))
-        if table is None:
-            continue
         if table.dtype != torch.float32 or table.stride() != cos.stride():
-            raise ValueError(f"{name} is {table.dtype} with strides {table.stride()}; cos and sin must be float32 alike")
+            raise ValueError(
+                f"{name} is {table.dtype} with strides {table.stride()}; cos and sin must be float32 alike"
+            )
         if table.shape[2] > 1 and table.stride(2) != size // 2:
             raise ValueError(f"{name} has stride {table.stride(2)} between heads; they must be adjacent, {size // 2}")
     arguments = (q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, eps, per_head, subtract_mean, interleaved, row_map)

@@ -45,6 +45,5 @@ def qk_norm_rope(
         pair = (a * table_cos - b * table_sin, b * table_cos + a * table_sin)
         return torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
 
-    return tuple(
-        rotated(normed(x, weight, bias)).to(x.dtype) for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias))
-    )
+    q_out, k_out = rotated(normed(q, q_weight, q_bias)), rotated(normed(k, k_weight, k_bias))
+    return q_out.to(q.dtype), k_out.to(k.dtype)

@@ -105,9 +105,7 @@ def residual_gate_norm_modulate(
     pass_through: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `stg_kernels.residual_gate_norm_modulate`."""
-    return _launch(
-        x, y, gate, scale, shift, weight, bias, eps, subtract_mean, row_map, pass_through, with_norm=True
-    )
+    return _launch(x, y, gate, scale, shift, weight, bias, eps, subtract_mean, row_map, pass_through, with_norm=True)
 
 
 def _launch(

@@ -1,0 +1,57 @@
+"""Block forwards built from `stg_kernels`, one file per family: the same function as the module's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Fusion:
+    """Chooses between a block's fused forward and the module's own.
+
+    family   module of this package that has `supports(block)` and `forward(run, index, block, ...)`, or None
+    kernels  "auto" or "off"
+    used     what the last choice was, in words; `is_on` is True if it was the fused forward in any block
+    """
+
+    def __init__(self, family: str | None, kernels: str) -> None:
+        self.used, self.is_on = "none yet", False
+        self._why_not = ""
+        if kernels == "off":
+            self._why_not = "kernels='off'"
+        elif family is None:
+            self._why_not = "no fused form of this family"
+        elif find_spec("stg_kernels") is None:
+            self._why_not = "stg_kernels is not installed"
+        self._family = None if self._why_not else import_module(f"stg_engine.fused.{family}")
+
+    def forwards(self, blocks: Sequence[nn.Module], latents: Tensor) -> list[Any]:
+        """Per block its fused forward, or None for the module's own."""
+        why_not = self._why_not or _unsuited(latents)
+        if why_not or self._family is None:
+            self.used, self.is_on = f"modules as they are: {why_not}", False
+            return [None] * len(blocks)
+        forwards = [self._family.forward if self._family.supports(block) else None for block in blocks]
+        count = sum(forward is not None for forward in forwards)
+        rest = "" if count == len(blocks) else ", the others have hooks or processors that it would pass by"
+        self.used, self.is_on = f"stg_kernels in {count} of {len(blocks)} blocks{rest}", count > 0
+        return forwards
+
+
+def _unsuited(latents: Tensor) -> str:
+    import stg_kernels
+
+    if torch.is_grad_enabled():
+        return "gradients are recorded"
+    if torch.is_autocast_enabled(latents.device.type):
+        return "autocast is on"
+    if latents.dtype not in stg_kernels.DTYPES:
+        return f"{latents.dtype} has no kernels"
+    if not stg_kernels.accelerates(latents.device):
+        return f"this installation has no kernels for {latents.device.type}"
+    return ""

@@ -1,0 +1,154 @@
+"""LTX-Video's block: between GEMMs and attentions one op each, GEMMs called as the modules that they are.
+
+So LoRA, quantised and offloaded weights keep working. Modulation and RoPE are the same in all branches: they are read
+from one copy per video, and cos and sin once per pair instead of twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
+from stg_kernels import norm_modulate, qk_norm_rope, residual_gate, residual_gate_norm_modulate
+from torch import Tensor, nn
+
+from stg_engine.rows import Run, is_plain
+
+
+def supports(block: Any) -> bool:
+    """True if nothing that the fused forward bypasses was changed: norms, attention processors, hooks on them."""
+    attentions = (block.attn1, block.attn2)
+    norms = (block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q)
+    return (
+        all(map(is_plain, (block.norm1, block.norm2, *attentions, *norms)))
+        and all(type(norm) is RMSNorm for norm in (block.norm1, block.norm2))
+        and all(type(norm) is nn.RMSNorm and norm.eps is not None for norm in norms)
+        and all(type(attention.processor) is LTXVideoAttnProcessor for attention in attentions)
+    )
+
+
+def forward(
+    run: Run,
+    index: int,
+    block: Any,
+    *,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor],
+    encoder_attention_mask: Tensor | None = None,
+) -> Tensor:
+    """[R, S, C] -> [R, S, C] for the rows that `run` has in hand.
+
+    hidden_states, encoder_hidden_states, encoder_attention_mask have R rows; temb and image_rotary_emb one per video.
+    """
+    row_map = run.videos_of_rows(hidden_states.device)
+    table = block.scale_shift_table
+    modulation = table.to(temb.device) + temb.unflatten(-1, (len(table), -1))  # [B, 1 or S, 6, C]
+    shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.unbind(2)
+    cos, sin = run.once("pairs", image_rotary_emb, lambda: _pairs(image_rotary_emb, block.attn1.heads))
+
+    def self_attention(hidden_states: Tensor, row_map: Tensor | None) -> Tensor:
+        attention = block.attn1
+        q, k, v = (
+            project(hidden_states).unflatten(2, (attention.heads, -1))
+            for project in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        q, k = qk_norm_rope(
+            q,
+            k,
+            q_weight=attention.norm_q.weight,
+            k_weight=attention.norm_k.weight,
+            cos=cos,
+            sin=sin,
+            eps=attention.norm_q.eps,
+            row_map=row_map,
+        )
+        return _attend(attention, q, k, v)
+
+    def cross_attention(hidden_states: Tensor) -> Tensor:
+        attention = block.attn2
+        q = attention.to_q(hidden_states)
+        q = norm_modulate(q, weight=attention.norm_q.weight, eps=attention.norm_q.eps)
+        k = attention.norm_k(attention.to_k(encoder_hidden_states))
+        v = attention.to_v(encoder_hidden_states)
+        q, k, v = (x.unflatten(2, (attention.heads, -1)) for x in (q, k, v))
+        mask = encoder_attention_mask
+        if mask is not None:
+            mask = attention.prepare_attention_mask(mask, k.shape[1], k.shape[0])
+            mask = mask.view(k.shape[0], attention.heads, -1, mask.shape[-1])
+        return _attend(attention, q, k, v, mask)
+
+    x = hidden_states
+    normed = _norm(block.norm1, x, scale_attn, shift_attn, row_map)
+    arguments = {"hidden_states": normed, "row_map": row_map}
+    attended = run.self_attention(index, block.attn1, self_attention, arguments, carriers=tuple(arguments))
+    x = residual_gate(x, attended, gate_attn, row_map=row_map)
+    norm = block.norm2
+    x, normed = residual_gate_norm_modulate(
+        x,
+        cross_attention(x),
+        None,
+        scale_ff,
+        shift_ff,
+        weight=norm.weight,
+        bias=norm.bias,
+        eps=norm.eps,
+        row_map=row_map,
+    )
+    return residual_gate(x, _feed_forward(block.ff, normed), gate_ff, row_map=row_map)
+
+
+def _norm(norm: RMSNorm, x: Tensor, scale: Tensor, shift: Tensor, row_map: Tensor | None) -> Tensor:
+    return norm_modulate(x, scale, shift, weight=norm.weight, bias=norm.bias, eps=norm.eps, row_map=row_map)
+
+
+def _pairs(image_rotary_emb: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor]:
+    """[B, S, C] with every value twice -> float32 [B, S, N, D / 2]."""
+    cos, sin = (table[..., ::2].unflatten(-1, (heads, -1)).float().contiguous() for table in image_rotary_emb)
+    return cos, sin
+
+
+def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    processor = attention.processor
+    out = dispatch_attention_fn(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=0.0,
+        is_causal=False,
+        backend=processor._attention_backend,
+        parallel_config=processor._parallel_config,
+    )
+    projection, dropout = attention.to_out
+    return dropout(projection(out.flatten(2, 3).to(q.dtype)))
+
+
+def _feed_forward(ff: Any, x: Tensor) -> Tensor:
+    gelu, *rest = ff.net
+    if not (x.is_cuda and _has_epilogue(gelu) and is_plain(ff)):
+        return ff(x)
+    projection = gelu.proj
+    # cuBLASLt adds the bias and applies GELU-tanh before the first GEMM's result reaches memory.
+    x = torch._addmm_activation(projection.bias, x.flatten(0, 1), projection.weight.t(), use_gelu=True).unflatten(
+        0, x.shape[:2]
+    )
+    for module in rest:
+        x = module(x)
+    return x
+
+
+def _has_epilogue(gelu: Any) -> bool:
+    return (
+        type(gelu) is GELU
+        and gelu.approximate == "tanh"
+        and type(gelu.proj) is nn.Linear
+        and gelu.proj.bias is not None
+        and is_plain(gelu)
+        and is_plain(gelu.proj)
+    )

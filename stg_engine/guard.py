@@ -1,0 +1,51 @@
+"""States of a transformer in which a guided step would be wrong, or is not supported: each is an error that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from stg_engine.rows import EngineHook
+
+
+def refuse_compiled(transformer: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """`TypeError` for what `torch.compile` returned, `RuntimeError` for modules compiled in place."""
+    if hasattr(transformer, "_orig_mod"):
+        raise TypeError(
+            "transformer is a torch.compile module; use the module that was compiled, transformer._orig_mod "
+            "(in a pipeline: pipe.transformer = pipe.transformer._orig_mod)"
+        )
+    for module in (transformer, *blocks):
+        if hasattr(module, "_orig_mod"):
+            raise TypeError("transformer holds blocks that are torch.compile modules; put the blocks themselves back")
+        if vars(module).get("_compiled_call_impl"):
+            raise RuntimeError(
+                "the transformer or its blocks are compiled (compile(), compile_repeated_blocks()), which stg_engine "
+                "does not support yet; use a transformer that is not compiled"
+            )
+
+
+def refuse_in_guided_step(transformer: nn.Module, hooks: Iterable[tuple[EngineHook, Any]]) -> None:
+    """`RuntimeError` for feature caches, gradient checkpointing, and for hooks (with their forwards) that were lost."""
+    for module in transformer.modules():
+        for hook in getattr(vars(module).get("_diffusers_hook"), "hooks", {}).values():
+            if hook._is_stateful:
+                raise RuntimeError(
+                    f"a diffusers feature cache is on the transformer ({type(hook).__name__}); it keeps results of "
+                    "a fixed batch and mixes up branches whose rows come and go. Switch it off "
+                    "(transformer.disable_cache() if enable_cache() put it there), or set scale=0.0"
+                )
+    if torch.is_grad_enabled() and getattr(transformer, "gradient_checkpointing", False):
+        raise RuntimeError(
+            "gradient checkpointing runs blocks again after the guided forward has ended; call "
+            "transformer.disable_gradient_checkpointing(), or run under torch.no_grad()"
+        )
+    for hook, forward in hooks:
+        if hook.fn_ref.forward is not forward:
+            raise RuntimeError(
+                "another hook was taken off the transformer and took stg_engine's with it (diffusers puts an older "
+                "forward back, for example in disable_cache()); detach and attach again"
+            )

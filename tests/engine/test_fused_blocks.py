@@ -1,0 +1,195 @@
+"""Blocks built from stg_kernels against the modules as they are; on a CPU the ops run their references."""
+
+from collections import defaultdict
+
+import pytest
+import stg_kernels
+import torch
+from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
+from engine.tiny import latents_of, tiny_inputs, tiny_pipeline, tiny_transformer
+from peft import LoraConfig
+
+import stg_engine
+from stg_engine import Denoiser, Skip, STGConfig
+from stg_engine.reference import passes_one_by_one, three_passes
+
+FP32_RELATIVE = 2e-6  # DESIGN: fp32 on CPU
+EVERY_FORK = STGConfig(layers=(1, 3), extra_skips=(Skip((0, 2), mode="attention"), Skip((0,)), Skip((2,))))
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch):
+    """Fused blocks also where this installation has no compiled kernels: the ops run their references there."""
+    monkeypatch.setattr(stg_kernels, "accelerates", lambda device: True)
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("max_rows", [None, 1, 2])
+@pytest.mark.parametrize("per_token", [False, True], ids=["t_per_video", "t_per_token"])
+@pytest.mark.parametrize("videos", [1, 2])
+@pytest.mark.parametrize("with_uncond", [True, False], ids=["cfg", "no_cfg"])
+def test_branches_equal_passes_run_alone(videos, per_token, with_uncond, max_rows):
+    transformer = tiny_transformer()
+    shared, cond, uncond = tiny_inputs(videos, per_token=per_token)
+    uncond = uncond if with_uncond else None
+    expected = passes_one_by_one(transformer, EVERY_FORK.skips, shared, cond, uncond)
+    with Denoiser(transformer, EVERY_FORK, max_rows=max_rows) as denoiser:
+        for _ in range(2):  # the second call takes prompt keys and values from the first
+            actual = denoiser.branches(shared, cond, uncond)
+            assert denoiser.fusion.used == "stg_kernels in 4 of 4 blocks"
+            for name in expected:
+                assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
+
+
+@pytest.mark.parametrize("mode", ["residual", "attention"])
+@pytest.mark.parametrize("layers", [(0,), (3,), (1, 2)], ids=str)
+def test_modes_and_layers(layers, mode):
+    transformer, inputs = tiny_transformer(), tiny_inputs(2)
+    config = STGConfig(layers=layers, mode=mode)
+    expected = passes_one_by_one(transformer, config.skips, *inputs)
+    with Denoiser(transformer, config) as denoiser:
+        actual = denoiser.branches(*inputs)
+    for name in expected:
+        assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"rescale": 0.7}, {"cfg_star": True, "rescale": 0.4, "rescale_over": "batch"}]
+)
+@pytest.mark.parametrize("with_uncond", [True, False], ids=["cfg", "no_cfg"])
+def test_guided_prediction(settings, with_uncond):
+    transformer, (shared, cond, uncond) = tiny_transformer(), tiny_inputs(2)
+    uncond = uncond if with_uncond else None
+    config = STGConfig(layers=(1,), scale=1.5, extra_skips=(Skip((3,), 0.5, "attention"),), **settings)
+    expected = three_passes(transformer, config, shared, cond, uncond, 4.0)
+    with Denoiser(transformer, config) as denoiser:
+        actual = denoiser(shared, cond, uncond, guidance_scale=4.0 if with_uncond else None)
+    # The guidance scales multiply the error of the branches.
+    assert relative_error(actual, expected) <= (4.0 + 2 * 1.5) * FP32_RELATIVE
+    assert actual.dtype == expected.dtype
+
+
+def test_serial_does_not_depend_on_the_batch():
+    transformer, (shared, cond, uncond) = tiny_transformer(heads=3, head_dim=6), tiny_inputs(3, per_token=True)
+    with Denoiser(transformer, EVERY_FORK, execution="serial") as denoiser:
+        together = denoiser.branches(shared, cond, uncond)
+        for video in range(3):
+            alone = denoiser.branches(
+                *(
+                    {k: v[video : video + 1] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+                    for inputs in (shared, cond, uncond)
+                )
+            )
+            for name in alone:
+                assert torch.equal(together[name][video], alone[name][0]), name
+
+
+def test_bf16_is_as_near_as_the_plain_forward():
+    """Over eight models, no ratio of errors is larger than 1 by more than twice its standard error."""
+    config, ratios = STGConfig(layers=(2,)), defaultdict(list)
+    for seed in range(8):
+        exact_model, model = (tiny_transformer(seed=seed, dtype=dtype) for dtype in (torch.float64, torch.bfloat16))
+        for weight, rounded in zip(exact_model.parameters(), model.parameters(), strict=True):
+            weight.data = rounded.data.double()
+        inputs = tiny_inputs(2, per_token=True, dtype=torch.bfloat16, seed=seed)
+        double = [
+            {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in group.items()}
+            for group in inputs
+        ]
+        exact = passes_one_by_one(exact_model, config.skips, *double)
+        plain = passes_one_by_one(model, config.skips, *inputs)
+        with Denoiser(model, config) as denoiser:
+            engine = denoiser.branches(*inputs)
+        for branches in (exact, plain, engine):
+            branches["delta"] = branches["cond"].double() - branches["skip"].double()
+        for name in exact:
+            errors = [(branches[name].double() - exact[name]).norm() for branches in (engine, plain)]
+            ratios[name].append(errors[0] / errors[1])
+    for name, values in ratios.items():
+        ratio = torch.stack(values)
+        assert ratio.mean() <= 1 + 2 * ratio.std() / len(ratio) ** 0.5, name
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["adapter_before", "adapter_after"])
+def test_an_adapter_on_every_linear(before):
+    transformer, inputs = tiny_transformer(), tiny_inputs()
+    every_linear = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+    lora = LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=every_linear)
+    config = STGConfig(layers=(1,))
+    if before:
+        transformer.add_adapter(lora)
+    with Denoiser(transformer, config) as denoiser:
+        if not before:
+            transformer.add_adapter(lora)
+        actual = denoiser.branches(*inputs)
+        assert denoiser.fusion.is_on
+    expected = passes_one_by_one(transformer, config.skips, *inputs)
+    for name in expected:
+        assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
+
+
+class Processor(LTXVideoAttnProcessor):
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        return 0.5 * super().__call__(attn, hidden_states, *args, **kwargs)
+
+
+CHANGES = {
+    "processor": lambda block: block.attn1.set_processor(Processor()),
+    "norm_hook": lambda block: block.norm2.register_forward_hook(lambda module, args, output: 2 * output),
+    "attention_hook": lambda block: block.attn2.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "encoder_hidden_states": 2 * kwargs["encoder_hidden_states"]}),
+        with_kwargs=True,
+    ),
+    "norm_forward": lambda block: setattr(block.attn1.norm_q, "forward", lambda x: 2 * x),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_block_with_a_change_that_would_be_passed_by_is_not_fused(change):
+    transformer, inputs = tiny_transformer(), tiny_inputs()
+    CHANGES[change](transformer.transformer_blocks[2])
+    config = STGConfig(layers=(1,))
+    expected = passes_one_by_one(transformer, config.skips, *inputs)
+    with Denoiser(transformer, config) as denoiser:
+        actual = denoiser.branches(*inputs)
+        assert denoiser.fusion.used.startswith("stg_kernels in 3 of 4 blocks")
+    for name in expected:
+        assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
+
+
+def test_why_not():
+    transformer, inputs = tiny_transformer(), tiny_inputs()
+    config = STGConfig(layers=(1,))
+
+    def used(run, **options):
+        with Denoiser(transformer, config, **options) as denoiser:
+            run(denoiser)
+            assert not denoiser.fusion.is_on
+            return denoiser.fusion.used
+
+    assert used(lambda d: d.branches(*inputs), kernels="off") == "modules as they are: kernels='off'"
+    with torch.enable_grad():
+        assert used(lambda d: d.branches(*inputs)) == "modules as they are: gradients are recorded"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert used(lambda d: d.branches(*inputs)) == "modules as they are: autocast is on"
+
+
+def test_pipeline_and_report():
+    plain, pipe = tiny_pipeline(), tiny_pipeline()
+    config = STGConfig(layers=(2,), scale=1.5, rescale=0.5)
+    with stg_engine.attach(plain, config, kernels="off") as engine:
+        expected = latents_of(plain, ["a red cat", "blue dog"])
+        assert "kernels    modules as they are" in str(engine.report())
+    with stg_engine.attach(pipe, config) as engine:
+        actual = latents_of(pipe, ["a red cat", "blue dog"])
+        assert "kernels    stg_kernels in 4 of 4 blocks" in str(engine.report())
+    assert (actual - expected).norm() <= FP32_RELATIVE * expected.norm()
