@@ -24,6 +24,7 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.readme
 
 readme: $(VENV)/.test
 	$(BIN)/python -m benchmarks.readme

@@ -9,12 +9,13 @@ from stg_engine.plan import Plan
 
 if TYPE_CHECKING:
     from stg_engine.denoiser import Denoiser
-    from stg_engine.pipeline import Engine, attach
+    from stg_engine.pipeline import Engine, attach, detach
 
 __version__ = "0.1.0"
-__all__ = ["Denoiser", "Engine", "Plan", "STGConfig", "STGSchedule", "ScheduleEntry", "Skip", "attach"]
+__all__ = ["Denoiser", "Engine", "Plan", "STGConfig", "STGSchedule", "ScheduleEntry", "Skip", "attach", "detach"]
 
-_LAZY = {"Denoiser": "stg_engine.denoiser", "Engine": "stg_engine.pipeline", "attach": "stg_engine.pipeline"}
+_PIPELINE = dict.fromkeys(("Engine", "attach", "detach"), "stg_engine.pipeline")
+_LAZY = {"Denoiser": "stg_engine.denoiser", **_PIPELINE}
 
 
 def __getattr__(name: str) -> Any:

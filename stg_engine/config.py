@@ -30,7 +30,8 @@ def number(field: str, value: object, low: float, high: float = math.inf) -> flo
     result = float(value) if is_number else math.nan  # type: ignore[arg-type]
     if not low <= result <= high or math.isinf(result):
         bounds = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-        raise ValueError(f"{field}={value!r} is not allowed; it must be a finite number {bounds}")
+        hint = f"; pass float({field})" if hasattr(value, "item") else ""
+        raise ValueError(f"{field}={value!r} is not allowed; it must be a finite number {bounds}{hint}")
     return result
 
 
@@ -220,16 +221,20 @@ class STGConfig:
 
     def at(self, progress: float | None = None, sigma: float | None = None) -> StepGuidance:
         """The guidance of one step. Raises `ValueError` if the setting needs `progress` or `sigma` and it is None."""
+        if sigma is not None:
+            sigma = number("sigma", sigma, 0.0, 1.0)
+        if progress is not None and not 0 <= (progress := number("progress", progress, 0.0)) < 1:
+            raise ValueError(f"progress={progress} is not allowed; it is step index / number of steps, 0 to below 1")
         if self.schedule is not None:
             if sigma is None:
                 raise ValueError("sigma=None is not allowed: this setting has a schedule; pass the step's sigma")
-            return self.of_entry(self.schedule.at(number("sigma", sigma, 0.0, 1.0)))
+            return self.of_entry(self.schedule.at(sigma))
         if self.needs_progress:
             if progress is None:
                 raise ValueError(
                     f"progress=None is not allowed: start={self.start}, stop={self.stop} need step index / steps"
                 )
-            if not self.start <= number("progress", progress, 0.0, 1.0) < self.stop:
+            if not self.start <= progress < self.stop:
                 return StepGuidance()
         return self._active(self.skips, self.rescale)
 

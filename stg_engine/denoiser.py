@@ -63,7 +63,9 @@ class Denoiser:
             raise ValueError(f"kernels={kernels!r} is not allowed; choose one of {', '.join(map(repr, KERNELS))}")
         self._check_config()
         if is_installed(self.blocks[0]):
-            raise ValueError("transformer has a Denoiser already; detach it first")
+            raise ValueError(
+                "transformer has an Engine or a Denoiser on it already; call its detach(), or stg_engine.detach(pipe)"
+            )
         self.memo = Memo()
         self.differences: dict[str, Tensor] = {}
         self.fusion = Fusion(self.spec.fused, kernels)
@@ -263,12 +265,13 @@ class Denoiser:
         if name is None:
             raise ValueError(
                 f"config=None is not allowed: no preset was published for {self.spec.family} "
-                f"with {len(self.blocks)} blocks"
+                f"with {len(self.blocks)} blocks; pass STGConfig(layers=...)"
             )
         return PRESETS[name].config
 
     def _plan_options(self) -> dict[str, Any]:
-        return {"prompt_block": self.spec.prompt_block, "shares_attention": self.spec.shares_attention}
+        is_on = any(skip.scale > 0 for skip in self.config.skips)  # without, it is plain diffusers that runs
+        return {"prompt_block": self.spec.prompt_block, "shares_attention": self.spec.shares_attention and is_on}
 
     def _install(self) -> None:
         hooks: list[tuple[nn.Module, Any]] = []

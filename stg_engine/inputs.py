@@ -20,6 +20,8 @@ def check_inputs(transformer: nn.Module, spec: ModelSpec, shared: Inputs, cond: 
     known = inspect.signature(type(transformer).forward).parameters
     groups = {"shared": shared, "cond": cond, "uncond": {} if uncond is None else uncond}
     for group, inputs in groups.items():
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"{group} is a {type(inputs).__name__}; it must be a dict of the transformer's arguments")
         for name in inputs:
             if name not in known or name in ("self", "return_dict"):
                 raise ValueError(f"{group} holds {name!r}, which is not an argument of {type(transformer).__name__}")
@@ -37,12 +39,18 @@ def check_inputs(transformer: nn.Module, spec: ModelSpec, shared: Inputs, cond: 
             if group == "uncond" and (value is None) != (cond[name] is None):
                 with_it, without = ("cond", "uncond") if value is None else ("uncond", "cond")
                 raise ValueError(f"{without}[{name!r}] is None and {with_it} has one; pass both or neither")
-            if not isinstance(value, Tensor) or name not in (*spec.latents, *spec.prompt):
+            if value is None or name not in (*spec.latents, *spec.prompt):
                 continue
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__
+                raise TypeError(f"{group}[{name!r}] is a {kind}; it must be a tensor with one entry per video")
             if value.ndim == 0:
                 raise ValueError(f"{group}[{name!r}] is a single number; it must have one entry per video, {videos}")
             if len(value) != videos:
-                raise ValueError(f"{group}[{name!r}] has {len(value)} rows; {first} has {videos}")
+                raise ValueError(
+                    f"{group}[{name!r}] has {len(value)} rows; {first} has {videos}. Pass every video once: the rows "
+                    "of the branches are made here"
+                )
             if group == "uncond" and value.shape != cond[name].shape:
                 raise ValueError(
                     f"uncond[{name!r}] has shape {tuple(value.shape)}, cond has {tuple(cond[name].shape)}; "

@@ -22,7 +22,7 @@ from stg_engine.denoiser import Denoiser
 from stg_engine.inputs import split_rows
 from stg_engine.plan import Plan, Plans
 from stg_engine.report import Report, new_report
-from stg_engine.rows import ArgumentHook, below_accelerate, install, is_installed, remove
+from stg_engine.rows import ArgumentHook, below_accelerate, hook_of, install, is_installed, remove
 
 PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
 HOOK_NAME = "stg_engine_pipeline"
@@ -41,14 +41,21 @@ def attach(
     config     None takes the preset published for the model
     execution, max_rows, kernels   see `Denoiser`
 
-    The guidance scale, negative prompt, guidance_rescale, callbacks and so on are the pipeline's own. Returns an
-    `Engine`, also a context manager. Raises `TypeError` for a pipeline that is not supported, `ValueError` for a wrong
-    setting.
+    Negative prompt, guidance_rescale, callbacks and so on are the pipeline's own, and so is the guidance scale unless a
+    schedule sets it per noise level. Returns an `Engine`, also a context manager. Raises `TypeError` for a pipeline
+    that is not supported, `ValueError` for a wrong setting, `RuntimeError` for a compiled transformer.
     """
     names = [base.__name__ for base in type(pipe).__mro__]
     if not any(name in PIPELINES for name in names):
         raise TypeError(f"pipe is a {names[0]}; supported pipelines: {', '.join(PIPELINES)}")
     return Engine(pipe, Denoiser(pipe.transformer, config, execution=execution, max_rows=max_rows, kernels=kernels))
+
+
+def detach(pipe: Any) -> None:
+    """Switch STG off in a pipeline whose `Engine` is no longer at hand. Does nothing where it is not on."""
+    hook = hook_of(pipe.transformer, HOOK_NAME)
+    if isinstance(hook, _Takeover):
+        hook.engine.detach()
 
 
 class Engine:
@@ -59,7 +66,7 @@ class Engine:
     """
 
     def __init__(self, pipe: Any, denoiser: Denoiser) -> None:
-        self.pipe, self.denoiser, self.config = pipe, denoiser, denoiser.config
+        self.pipe, self.denoiser = pipe, denoiser
         self._report = new_report(denoiser, denoiser.plans(), pipe._execution_device)
         self._steps: Iterator[StepGuidance] | None = None
         self._installed_forward = install(denoiser.transformer, _Takeover(self), HOOK_NAME)
@@ -70,6 +77,11 @@ class Engine:
     def plan(self) -> Plan | Plans:
         """Rows per block while the skips are on; of the last call, or with an uncond branch before the first."""
         return self._report.plan
+
+    @property
+    def config(self) -> STGConfig:
+        """The setting that is attached; another one needs another `attach`."""
+        return self.denoiser.config
 
     def report(self) -> Report:
         """What ran in the last call."""
@@ -85,6 +97,8 @@ class Engine:
         self.denoiser.detach()
 
     def __enter__(self) -> Engine:
+        if not is_installed(self.denoiser.transformer, HOOK_NAME):
+            raise RuntimeError("this Engine is detached; call stg_engine.attach again")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -148,6 +162,12 @@ class Engine:
         steps = [self.config.at(i / count, None if sigmas is None else sigmas[i]) for i in range(count)]
         for step in steps:
             self._check_step(step, step.guidance_scale or 0.0)
+        scheduled = [step.guidance_scale for step in steps if step.guidance_scale is not None]
+        if set(scheduled) - {self.pipe.guidance_scale}:
+            values = ", ".join(f"{scale:g}" for scale in sorted(set(scheduled)))
+            use = f"in {count - len(scheduled)} of {count} steps" if len(scheduled) < count else "nowhere"
+            call = f"the call's {self.pipe.guidance_scale:g} is used {use}"
+            self._report.note = f"guidance scales {values} are the schedule's; {call}"
         return iter(steps)
 
     @contextmanager

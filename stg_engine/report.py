@@ -18,6 +18,7 @@ class Report:
     guided_steps  steps with skip branches; the others are plain diffusers
     seconds       wall clock of the loop, the device waited for at its end
     peak_bytes    largest memory allocated on the CUDA device since the loop began, None elsewhere
+    note          what of the call's own settings is not used, and why
     differences   per skip branch: max |c - p| in its first step; 0 means that the skip changes nothing
     """
 
@@ -32,6 +33,7 @@ class Report:
     guided_steps: int = 0
     seconds: float = 0.0
     peak_bytes: int | None = None
+    note: str = ""
     differences: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -43,6 +45,8 @@ class Report:
         lines.append(f"kernels    {self.kernels}; attention: {self.attention}")
         if self.peak_bytes is not None:
             lines.append(f"memory     {self.peak_bytes / 2**20:.0f} MiB at the peak")
+        if self.note:
+            lines.append(f"note       {self.note}")
         for name, value in self.differences.items():
             note = "" if value > 0 else ": this skip changes nothing, its rows are computed for no effect"
             lines.append(f"{name:<9}  max |c - p| = {value:.3g} in its first step{note}")

@@ -331,7 +331,12 @@ def remove(module: nn.Module, name: str = HOOK_NAME) -> None:
         del module._diffusers_hook
 
 
+def hook_of(module: nn.Module, name: str = HOOK_NAME) -> ModelHook | None:
+    """The hook of that name on `module`, or None."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(name)
+
+
 def is_installed(module: nn.Module, name: str = HOOK_NAME) -> bool:
     """True if a hook of that name is registered on `module`."""
-    registry = getattr(module, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook(name) is not None
+    return hook_of(module, name) is not None

@@ -17,7 +17,7 @@ from stg_engine.presets import PRESETS, Preset
 
 _CONFIG = "transformer/config.json"
 _GUIDANCE_SCALE = 3.0  # LTXPipeline's
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _preset(name: str, model: Model) -> Preset:
     if PRESETS[name].blocks != model.num_blocks:
         raise ValueError(
             f"preset={name!r} was published for {PRESETS[name].blocks} blocks, {model.name} has {model.num_blocks}; "
-            "name the blocks to skip with --stg-layers"
+            f"name the blocks to skip with --stg-layers, or the model with --model (--model {name})"
         )
     return PRESETS[name]
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import stg_engine
 
@@ -45,8 +46,13 @@ def namespace(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     pipe = tiny()
     shared, cond, uncond = tiny_inputs()
-    given = {"pipe": pipe, "transformer": pipe.transformer, "prompt": "a red circle moving right"}
-    return given | {"shared": shared, "cond": cond, "uncond": uncond, "stg_engine": stg_engine}
+    latents, sizes = shared.pop("hidden_states"), {k: v for k, v in shared.items() if k != "timestep"}
+    pipe.scheduler.set_timesteps(2, mu=1.0)
+    given = {"pipe": pipe, "transformer": pipe.transformer, "scheduler": pipe.scheduler, "torch": torch}
+    given |= {"stg_engine": stg_engine, "latents": latents, "sizes": sizes}
+    for prompt, name in ((cond, "prompt"), (uncond, "negative")):
+        given |= {name: prompt["encoder_hidden_states"], f"{name}_mask": prompt["encoder_attention_mask"]}
+    return given
 
 
 def test_readme_has_python():

@@ -145,7 +145,7 @@ def main() -> None:
     runs = [(args.guidance_scale, config)]
     if args.compare:
         runs = [(1.0, None), (args.guidance_scale, None), *runs]
-    pipe = LTXPipeline.from_pretrained(str(args.model), torch_dtype=getattr(torch, args.dtype))
+    pipe = LTXPipeline.from_pretrained(str(args.model), dtype=getattr(torch, args.dtype))
     specs = captions_of(args.clips, args.seed, args.two_shapes)
     kind = "two shapes" if args.two_shapes else "one shape"
     print(f"{len(specs)} captions of {kind}, {args.steps} steps, {args.dtype}")

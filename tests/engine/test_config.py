@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
 from stg_engine import ScheduleEntry, Skip, STGConfig, STGSchedule
@@ -78,7 +79,7 @@ def test_layers_are_sorted_and_any_sequence_will_do():
 
 
 @pytest.mark.parametrize(
-    ("progress", "on"), [(0.0, False), (0.2, True), (0.5, True), (0.79, True), (0.8, False), (1.0, False)]
+    ("progress", "on"), [(0.0, False), (0.2, True), (0.5, True), (0.79, True), (0.8, False), (0.99, False)]
 )
 def test_window(progress, on):
     step = STGConfig(layers=(1,), rescale=0.7, start=0.2, stop=0.8).at(progress)
@@ -148,3 +149,15 @@ def test_numpy_numbers():
     config = STGConfig(layers=np.arange(2), scale=np.float32(0.5))
     assert config == STGConfig(layers=(0, 1), scale=0.5)
     assert [type(layer) for layer in config.layers] == [int, int]
+
+
+@pytest.mark.parametrize("progress", [1.0, 2, -0.1, math.nan])
+def test_progress_out_of_range(progress):
+    with pytest.raises(ValueError, match=f"progress={progress:.1f}? .*(step index / number of steps|at least 0)"):
+        STGConfig(layers=(1,)).at(progress)
+
+
+def test_a_tensor_for_a_number():
+    config = STGConfig(schedule=STGSchedule((ScheduleEntry(0.5),), "at_or_below"))
+    with pytest.raises(ValueError, match=r"pass float\(sigma\)"):
+        config.at(sigma=torch.tensor(0.5))

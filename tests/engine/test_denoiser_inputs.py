@@ -61,7 +61,7 @@ def test_unknown_model():
 
 
 def test_second_denoiser(transformer, denoiser):
-    with pytest.raises(ValueError, match="has a Denoiser already"):
+    with pytest.raises(ValueError, match="on it already"):
         Denoiser(transformer, STGConfig(layers=(1,)))
 
 
@@ -104,6 +104,20 @@ def test_guidance_scale_and_uncond_go_together(denoiser):
         denoiser(shared, cond, uncond)
     with pytest.raises(ValueError, match=r"guidance_scale=3.0 needs uncond"):
         denoiser(shared, cond, guidance_scale=3.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda inputs: inputs.__setitem__(1, torch.ones(1)), "cond is a Tensor; it must be a dict"),
+        (lambda inputs: inputs[0].update(timestep=500.0), r"shared\['timestep'\] is a float; it must be a tensor"),
+    ],
+)
+def test_input_types(denoiser, change, message):
+    inputs = list(tiny_inputs())
+    change(inputs)
+    with pytest.raises(TypeError, match=message):
+        denoiser(*inputs, guidance_scale=3.0)
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, "3"])

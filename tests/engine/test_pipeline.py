@@ -519,7 +519,7 @@ def test_detach_leaves_the_pipeline_as_it_was(kind):
     plain = latents_of(pipe, **arguments)
     attributes = set(vars(pipe))
     engine = stg_engine.attach(pipe, CONFIG)
-    with pytest.raises(ValueError, match="has a Denoiser already"):
+    with pytest.raises(ValueError, match="on it already"):
         stg_engine.attach(pipe, CONFIG)
     latents_of(pipe, **arguments)
     engine.detach()
@@ -527,6 +527,26 @@ def test_detach_leaves_the_pipeline_as_it_was(kind):
     assert set(vars(pipe)) == attributes
     assert "forward" not in vars(pipe.transformer)
     assert torch.equal(latents_of(pipe, **arguments), plain)
+
+
+def test_detach_without_the_engine():
+    pipe = tiny_pipeline()
+    plain = latents_of(pipe)
+    engine = stg_engine.attach(pipe, CONFIG)
+    stg_engine.detach(pipe)
+    stg_engine.detach(pipe)
+    assert torch.equal(latents_of(pipe), plain)
+    with pytest.raises(RuntimeError, match="detached"), engine:
+        pass
+
+
+def test_a_schedule_that_sets_the_guidance_scale_says_so():
+    pipe = tiny_pipeline()
+    with stg_engine.attach(
+        pipe, scheduled(ScheduleEntry(0.9, (1,), 1.0, guidance_scale=4.0), ScheduleEntry(0.0))
+    ) as engine:
+        latents_of(pipe, guidance_scale=2.0)
+        assert "guidance scales 4 are the schedule's; the call's 2 is used in 2 of 3 steps" in str(engine.report())
 
 
 def test_an_exception_inside_with_detaches():
