@@ -1,7 +1,8 @@
 """Every Triton kernel, in every form that a model launches, compiled for sm_80, sm_90 and sm_100 without a GPU.
 
-`python -m benchmarks.compile_kernels resources.csv` writes registers, stack and shared memory of each; a stack above 0
-is a spill. Launchers run on tensors without memory and are overheard, so that what is compiled is what is launched.
+`python -m benchmarks.compile_kernels resources.csv` writes registers, stack, shared memory and the widest access of
+each; a stack above 0 is a spill. Launchers run on tensors without memory and are overheard, so that what is compiled is
+what is launched.
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ from triton.compiler import ASTSource
 from benchmarks.shapes import SHAPES, Shape
 
 TARGETS = (80, 90, 100)
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: registers per thread, stack and shared memory in bytes."""
+    """Of one compiled kernel: registers per thread, stack and shared memory in bytes, widest accesses in bits."""
 
     kernel: str
     form: str
@@ -42,6 +42,8 @@ class Resources:
     registers: int
     stack: int
     shared: int
+    load_bits: int
+    store_bits: int
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,22 @@ def compiled(launch: Launch, target: int) -> Resources:
     warps = launch.options["num_warps"]
     binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
     registers, stack = _usage(binary.asm["cubin"])
-    return Resources(launch.kernel.__name__, launch.form, warps, target, registers, stack, binary.metadata.shared)
+    bits = (_widest("ld", binary.asm["ptx"]), _widest("st", binary.asm["ptx"]))
+    return Resources(
+        launch.kernel.__name__, launch.form, warps, target, registers, stack, binary.metadata.shared, *bits
+    )
 
 
 def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
+
+
+def _widest(operation: str, ptx: str) -> int:
+    """Bits of the widest global access: `ld.global.v4.b32` has 128."""
+    found = re.findall(rf"{operation}\.global(?:\.[a-zA-Z_:0-9]+)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    return max(int(count or 1) * int(width) for count, width in found)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

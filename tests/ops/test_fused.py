@@ -1,10 +1,9 @@
 """Triton kernels against the references in float64, on a CUDA device or under Triton's interpreter."""
 
 import pytest
+import stg_kernels
 import torch
 from ops.cases import DEVICE, DTYPES, Inputs, assert_within_budget, widened
-
-import stg_kernels
 from stg_kernels.combine_guidance.reference import combine_guidance
 from stg_kernels.norm_modulate.reference import norm_modulate
 from stg_kernels.qk_norm_rope.reference import qk_norm_rope

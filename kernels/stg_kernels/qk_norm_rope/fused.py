@@ -18,8 +18,8 @@ def _sum(x, PER_HEAD: tl.constexpr):
     total = tl.sum(x, axis=1)
     if PER_HEAD:
         return total[:, None]
-    # Triton wants the returns of both compile-time branches apart
-    return tl.sum(total, axis=0)
+    else:
+        return tl.sum(total, axis=0)
 
 
 @triton.jit

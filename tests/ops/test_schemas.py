@@ -1,0 +1,133 @@
+"""Ops as PyTorch sees them: schemas, fakes, torch.compile; and what the public functions refuse."""
+
+import subprocess
+import sys
+
+import pytest
+import stg_kernels
+import torch
+from ops.cases import DEVICE, Inputs
+from stg_kernels.ops import SCHEMAS
+from torch._dynamo.testing import CompileCounter
+
+
+def arguments(dtype=torch.float32):
+    """Per op a call with every optional tensor."""
+    new = Inputs(dtype)
+    x, y, table, vector = new.normal(2, 3, 16), new.normal(2, 3, 16), new.normal(2, 1, 16), new.normal(16)
+    q, angles = new.normal(2, 3, 2, 8), new.normal(2, 3, 1, 4, dtype=torch.float32)
+    row_map = torch.tensor([1, 0], device=DEVICE)
+    keep = torch.tensor([True, False], device=DEVICE)
+    rows, latents = new.normal(6, 3, 16), new.normal(2, 3, 16)
+    scales, dt = torch.tensor([3.0, 0.7, 1.0], device=DEVICE), torch.tensor([-0.1], device=DEVICE)
+    return {
+        "combine_guidance": (rows, scales, True, True, False, True, None, latents, dt),
+        "norm_modulate": (x, table, table, vector, vector, 1e-6, True, row_map),
+        "residual_gate": (x, y, table, row_map, keep),
+        "residual_gate_norm_modulate": (x, y, table, table, table, vector, vector, 1e-6, False, row_map, keep),
+        "qk_norm_rope": (q, q, vector, vector, vector, vector, angles, angles, 1e-6, False, True, True, row_map),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_opcheck(name, dtype):
+    op = getattr(torch.ops.stg, name).default
+    torch.library.opcheck(op, arguments(dtype)[name], test_utils=("test_schema", "test_faketensor"))
+
+
+def test_guidance_dtypes_of_fakes():
+    new = Inputs(torch.bfloat16)
+    rows, scales = new.normal(3, 4, 8), torch.ones(3, device=DEVICE)
+    for dtype, latents in ((None, None), (torch.float32, None), (None, new.normal(1, 4, 8, dtype=torch.float16))):
+        dt = None if latents is None else torch.ones(1, device=DEVICE)
+        call = (rows, scales, True, False, False, False, dtype, latents, dt)
+        torch.library.opcheck(
+            torch.ops.stg.combine_guidance.default, call, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def test_compiles_whole_and_does_not_compile_again_for_other_sizes():
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def block(x, y, gate):
+        h, normed = stg_kernels.residual_gate_norm_modulate(x, y, gate, gate, gate)
+        q = stg_kernels.norm_modulate(normed).unflatten(-1, (2, -1))
+        return h, *stg_kernels.qk_norm_rope(q, q)
+
+    new = Inputs(torch.float32)
+    for rows, tokens in ((2, 5), (3, 5), (4, 7), (3, 11)):
+        call = (new.normal(rows, tokens, 16), new.normal(rows, tokens, 16), new.normal(rows, 1, 16))
+        for actual, expected in zip(block(*call), block._torchdynamo_orig_callable(*call), strict=True):
+            assert torch.equal(actual, expected)
+    assert counter.frame_count == 1
+
+
+X = torch.ones(2, 3, 8)
+Q = torch.ones(2, 3, 2, 4)
+ROWS, SCALES = torch.ones(3, 4, 8), torch.ones(3)
+WRONG = [
+    (lambda: stg_kernels.norm_modulate(X.int()), ValueError, "x has dtype torch.int32; it must be a floating point"),
+    (lambda: stg_kernels.norm_modulate(X[0]), ValueError, r"x has shape \(3, 8\)"),
+    (lambda: stg_kernels.norm_modulate([1.0]), TypeError, r"x=\[1.0\] is not allowed; it must be a tensor"),
+    (
+        lambda: stg_kernels.norm_modulate(X, X[:, :2]),
+        ValueError,
+        r"scale has shape \(2, 2, 8\); it must be \[2 or 1, 3 or 1, 8\]",
+    ),
+    (
+        lambda: stg_kernels.norm_modulate(X, weight=torch.ones(7)),
+        ValueError,
+        r"weight has shape \(7,\); it must be \[8\]",
+    ),
+    (lambda: stg_kernels.norm_modulate(X, weight=torch.ones(8).half()), ValueError, "weight has dtype torch.float16"),
+    (lambda: stg_kernels.norm_modulate(X.mT), ValueError, "x has stride 8 in its last dimension"),
+    (lambda: stg_kernels.norm_modulate(X.to("meta"), X), ValueError, "scale is on cpu; it must be on meta"),
+    (lambda: stg_kernels.norm_modulate(X, X, row_map=torch.ones(2)), ValueError, r"it must be int64 \[2\] on cpu"),
+    (
+        lambda: stg_kernels.norm_modulate(X, impl="cuda"),
+        ValueError,
+        "impl='cuda' is not allowed; choose one of None, 'ref",
+    ),
+    (lambda: stg_kernels.residual_gate(X, X.half()), ValueError, "y has dtype torch.float16"),
+    (lambda: stg_kernels.residual_gate(X, X[:1]), ValueError, r"y has shape \(1, 3, 8\); it must be \[2, 3, 8\]"),
+    (lambda: stg_kernels.residual_gate(X, X, pass_through=torch.ones(2)), ValueError, r"it must be bool \[2\] on cpu"),
+    (lambda: stg_kernels.qk_norm_rope(Q, Q[:, :2]), ValueError, r"k is torch.float32 \(2, 2, 2, 4\); it must be"),
+    (lambda: stg_kernels.qk_norm_rope(Q[..., :3], Q[..., :3]), ValueError, "stride 4 between heads|head size 3"),
+    (lambda: stg_kernels.qk_norm_rope(Q, Q, cos=torch.ones(1, 3, 1, 2)), ValueError, "cos and sin go together"),
+    (lambda: stg_kernels.qk_norm_rope(Q, Q, cos=Q, sin=Q), ValueError, r"cos has shape \(2, 3, 2, 4\); it must be"),
+    (
+        lambda: stg_kernels.qk_norm_rope(Q, Q, q_weight=torch.ones(4)),
+        ValueError,
+        r"q_weight has shape \(4,\); it must be \[8\]",
+    ),
+    (
+        lambda: stg_kernels.combine_guidance(ROWS, SCALES.double(), has_uncond=True),
+        ValueError,
+        "scales is torch.float64",
+    ),
+    (lambda: stg_kernels.combine_guidance(ROWS[:2], SCALES, has_uncond=True), ValueError, "with K = 3"),
+    (lambda: stg_kernels.combine_guidance(ROWS.mT, SCALES, has_uncond=True), ValueError, "must be contiguous"),
+    (
+        lambda: stg_kernels.combine_guidance(ROWS, SCALES[:2], has_uncond=False, cfg_star=True),
+        ValueError,
+        "needs uncond",
+    ),
+    (lambda: stg_kernels.combine_guidance(ROWS, SCALES, has_uncond=True, latents=ROWS[:1]), ValueError, "go together"),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), WRONG, ids=range(len(WRONG)))
+def test_wrong_arguments(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_import_is_light():
+    """Triton and the reference of an op are loaded when the op runs."""
+    code = "import sys, stg_kernels; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "triton" not in loaded
+    assert not [name for name in loaded if name.startswith("stg_kernels.") and name.endswith((".reference", ".fused"))]
