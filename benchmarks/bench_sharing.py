@@ -63,9 +63,10 @@ def quartile_range(samples: list[float]) -> float:
     return high - low
 
 
+@pytest.mark.parametrize("kernels", ["off", "auto"])
 @pytest.mark.parametrize("plain", ["one batch", "one by one"])
 @torch.no_grad()
-def test_sharing(benchmark, plain):
+def test_sharing(benchmark, plain, kernels):
     model, inputs = model_and_inputs()
     double = [{k: v.double() if isinstance(v, Tensor) else v for k, v in i.items()} for i in inputs]
     exact = three_passes(copy.deepcopy(model).double(), CONFIG, *double, 3.0)
@@ -74,11 +75,13 @@ def test_sharing(benchmark, plain):
     passes = partial(three_passes, model, CONFIG, *inputs, 3.0, one_batch=plain == "one batch")
     budget = relative_error(passes(), exact)
     plain_seconds, engine_seconds = [], []
-    with Denoiser(twin, CONFIG) as denoiser:
+    with Denoiser(twin, CONFIG, kernels=kernels) as denoiser:
         step = partial(denoiser, *inputs, guidance_scale=3.0)
         error = relative_error(step(), exact)
         assert error <= 2 * budget, f"parity gate: error {error:.2e}, the plain passes' {budget:.2e}; no time is stated"
-        plan = denoiser.plans()
+        plan, used = denoiser.plans(), denoiser.fusion.used
+        if kernels == "auto" and not denoiser.fusion.is_on:
+            pytest.skip(used)
         benchmark.pedantic(
             lambda: engine_seconds.append(seconds(step)),
             setup=lambda: plain_seconds.append(seconds(passes)),
@@ -88,6 +91,7 @@ def test_sharing(benchmark, plain):
     row = record.Row(
         case=f"LTX-Video, {BLOCKS} blocks of {HEADS} x {HEAD_SIZE}, {FRAMES * HEIGHT * WIDTH} tokens, layer 19",
         plain=plain,
+        kernels="off" if kernels == "off" else used,
         plain_seconds=statistics.median(plain_seconds),
         plain_iqr=quartile_range(plain_seconds),
         engine_seconds=statistics.median(engine_seconds),
@@ -100,5 +104,6 @@ def test_sharing(benchmark, plain):
         **record.environment(torch.device("cpu")),
     )
     benchmark.extra_info.update(speedup=row.speedup, bound=bound, efficiency=row.speedup / bound)
-    print(f"\n{plain}: {row.speedup:.3f}x, bound {bound:.4f}, efficiency {row.speedup / bound:.3f}", file=sys.stderr)
+    ratios = f"{row.speedup:.3f}x, bound {bound:.4f}, efficiency {row.speedup / bound:.3f}"
+    print(f"\n{plain}, kernels {row.kernels}: {ratios}", file=sys.stderr)
     record.append(record.RESULTS / "engine.csv", row)

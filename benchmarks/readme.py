@@ -58,15 +58,15 @@ def cost_table() -> str:
 
 
 def speed_table() -> str:
-    lines = ["| case | against three plain passes | plain | engine | speed-up | bound | measured on |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    latest = {(row.case, row.plain, row.device, row.threads): row for row in record.read(record.RESULTS / "engine.csv")}
+    lines = ["| case | kernels | against three plain passes | plain | engine | speed-up | bound | measured on |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    rows = record.read(record.RESULTS / "engine.csv")
+    latest = {(row.case, row.plain, row.kernels, row.device, row.threads): row for row in rows}
     for row in latest.values():
         times = f"{row.plain_seconds * 1e3:.0f} ms | {row.engine_seconds * 1e3:.0f} ms"
         where = f"{row.device}, {row.threads} thread{'s' * (row.threads > 1)}, torch {row.torch}, commit {row.commit}"
-        lines.append(
-            f"| {row.case}, {row.dtype} | {row.plain} | {times} | {row.speedup:.2f}x | {row.bound:.2f}x | {where} |"
-        )
+        ratios = f"{row.speedup:.2f}x | {row.bound:.2f}x"
+        lines.append(f"| {row.case}, {row.dtype} | {row.kernels} | {row.plain} | {times} | {ratios} | {where} |")
     return "\n".join(lines)
 
 

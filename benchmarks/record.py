@@ -8,9 +8,10 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import diffusers
 import torch
 
 import stg_engine
@@ -24,10 +25,12 @@ class Row:
 
     error, budget   relative error of the guided prediction against float64: the engine's, the plain passes'
     bound           block-rows of plain passes / block-rows of the plan
+    kernels         what the engine's blocks ran: "off" are diffusers' modules
     """
 
     case: str
     plain: str
+    kernels: str
     plain_seconds: float
     plain_iqr: float
     engine_seconds: float
@@ -50,38 +53,69 @@ class Row:
         return self.plain_seconds / self.engine_seconds
 
 
+@dataclass(frozen=True)
+class OpRow:
+    """One op at one model's shape: median seconds of one call, and its quartile range.
+
+    implementation  "fused" (Triton), "native" (C++/CUDA), "eager" (plain torch) or "compile" (torch.compile of it)
+    gb_per_second   bytes that must be read and written once / seconds
+    copy_gb_per_second   what a copy of as many bytes reached in the same run
+    error, budget   largest error against float64: the implementation's, eager's
+    """
+
+    op: str
+    implementation: str
+    model: str
+    rows: int
+    seconds: float
+    iqr: float
+    gb_per_second: float
+    copy_gb_per_second: float
+    error: float
+    budget: float
+    dtype: str
+    device: str
+    threads: int
+    torch: str
+    diffusers: str
+    stg_engine: str
+    commit: str
+    date: str
+
+
 def environment(device: torch.device) -> dict[str, str | int]:
     """The fields of a row that say where it was measured."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        "diffusers": metadata.version("diffusers"),
         "stg_engine": stg_engine.__version__,
         "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
 
-def append(path: Path, row: Row) -> None:
-    """Add a row to a CSV file."""
-    rows = [*read(path), row]
+def append(path: Path, *new: Row | OpRow) -> None:
+    """Add rows of one kind to a CSV file."""
+    kind = type(new[0])
+    rows = [*read(path, kind), *new]
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(r).items()} for r in rows)
     temporary.replace(path)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, kind: Any = Row) -> list[Any]:
     """All rows of a CSV file; none if there is no file."""
     if not path.exists():
         return []
     kinds = {"float": float, "int": int, "str": str}
     with path.open(newline="") as file:
         return [
-            Row(**{field.name: kinds[str(field.type)](row[field.name]) for field in fields(Row)})
+            kind(**{field.name: kinds[str(field.type)](row[field.name]) for field in fields(kind)})
             for row in csv.DictReader(file)
         ]
 

@@ -1,0 +1,179 @@
+"""Every op at true shapes: against eager torch, torch.compile, and a copy of as many bytes, all in one run.
+
+`python -m benchmarks.ops` appends rows to results/ops.csv. On a CUDA device at each model's full token count, kernel
+times with a cold L2 (triton.testing.do_bench); on a CPU at 1,024 tokens of the models that have up to 2,048 channels.
+No row is written for an implementation whose error against float64 is more than twice that of eager torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import stg_kernels
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from benchmarks import record
+from benchmarks.shapes import SHAPES, Shape
+
+CPU_TOKENS, CPU_CHANNELS, CPU_SECONDS = 1024, 2048, 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op: its arguments by name, and the bytes that it must move."""
+
+    op: str
+    arguments: dict[str, Any]
+    moved: int
+
+
+def cases(shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """The calls that a guided step of this model makes."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).to(kind)
+
+    c, s = shape.channels, shape.tokens
+    x, y, scale, shift, gate = normal(rows, s, c), normal(rows, s, c), *(normal(1, 1, c) for _ in range(3))
+    one = x.numel() * x.element_size()
+    norm = {"subtract_mean": shape.layer_norm}
+    yield Case("norm_modulate", {"x": x, "scale": scale, "shift": shift, **norm}, 2 * one)
+    yield Case("residual_gate", {"x": x, "y": y, "gate": gate}, 3 * one)
+    modulation = {"gate": gate, "scale": scale, "shift": shift}
+    yield Case("residual_gate_norm_modulate", {"x": x, "y": y, **modulation, **norm}, 4 * one)
+    q, k = (t.unflatten(-1, (shape.heads, shape.head_size)) for t in (x, y))
+    weight = normal(shape.head_size if shape.per_head else c)
+    angles = normal(1, s, 1 if shape.per_head else shape.heads, shape.head_size // 2, kind=torch.float32)
+    table = {"cos": angles.cos(), "sin": angles.sin(), "per_head": shape.per_head}
+    weights = {"q_weight": weight, "k_weight": weight}
+    yield Case("qk_norm_rope", {"q": q, "k": k, **weights, **table}, 4 * one + 8 * angles.numel())
+    predictions = normal(rows, s, shape.latent)
+    scales = torch.tensor([4.0, 0.7, *[1.0] * (rows - 2)], device=device)
+    moved = predictions.numel() * predictions.element_size() * (rows + 1) // rows
+    if rows > 1:
+        guidance = {"rows": predictions, "scales": scales, "has_uncond": True}
+        yield Case("combine_guidance", {**guidance, "rescale": True}, moved)
+
+
+def implementations(case: Case, compile_too: bool) -> dict[str, Callable[[], Any]]:
+    """Name -> call. "eager" is the reference: plain torch operations, float32 inside."""
+    module = import_module(f"stg_kernels.{'residual_gate' if 'residual' in case.op else case.op}.reference")
+    eager = getattr(module, case.op)
+    device = next(v for v in case.arguments.values() if isinstance(v, Tensor)).device
+    calls: dict[str, Callable[[], Any]] = {"eager": lambda: eager(**case.arguments)}
+    if compile_too:
+        compiled = torch.compile(eager, dynamic=False)
+        calls["compile"] = lambda: compiled(**case.arguments)
+    public = getattr(stg_kernels, case.op)
+    if device.type == "cuda":
+        calls["fused"] = lambda: public(**case.arguments, impl="fused")
+    if device.type in stg_kernels.native_devices():
+        calls["native"] = lambda: public(**case.arguments, impl="native")
+    return calls
+
+
+def largest_error(result: Any, exact: Any) -> float:
+    pairs = zip(result, exact, strict=True) if isinstance(result, tuple) else [(result, exact)]
+    return max((a.double() - b).abs().max().item() for a, b in pairs)
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Median and quartile range, seconds of one call."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        low, middle, high = do_bench(call, quantiles=[0.25, 0.5, 0.75])
+        return middle / 1e3, (high - low) / 1e3
+    # A Timer runs on one thread unless it is told otherwise.
+    times = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()).blocked_autorange(
+        min_run_time=CPU_SECONDS
+    )
+    low, middle, high = statistics.quantiles(times.times, n=4) if len(times.times) > 1 else times.times * 3
+    return middle, high - low
+
+
+def widened(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def measure(case: Case, shape: Shape, rows: int, dtype: torch.dtype, compile_too: bool) -> list[record.OpRow]:
+    """The rows of one case; prints a line for each, also for those that the parity gate keeps out."""
+    calls = implementations(case, compile_too)
+    device = next(v for v in case.arguments.values() if isinstance(v, Tensor)).device
+    module = import_module(f"stg_kernels.{'residual_gate' if 'residual' in case.op else case.op}.reference")
+    exact = getattr(module, case.op)(**{name: widened(value) for name, value in case.arguments.items()})
+    errors = {name: largest_error(call(), exact) for name, call in calls.items()}
+    results = exact if isinstance(exact, tuple) else (exact,)
+    # Half a unit in the last place of the largest result: where eager happens to round well.
+    rounding = torch.finfo(dtype).eps / 2 * max(r.abs().max().item() for r in results)
+    del exact, results
+    source = torch.empty(case.moved // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_seconds, _ = timed(lambda: target.copy_(source), device)
+    measured, eager_seconds = [], 0.0
+    for name, call in calls.items():
+        passed = errors[name] <= 2 * (errors["eager"] + rounding)
+        seconds, iqr = timed(call, device)
+        eager_seconds = seconds if name == "eager" else eager_seconds
+        speed, copy = case.moved / seconds / 1e9, case.moved / copy_seconds / 1e9
+        verdict = f"{eager_seconds / seconds:5.2f}x eager, {speed / copy:4.2f} of copy" if passed else "PARITY GATE RED"
+        print(f"{case.op:28} {name:8} {rows} x {shape.model:30} {str(dtype)[6:]:9} {seconds * 1e6:9.1f} us  {verdict}")
+        if passed:
+            measured.append(
+                record.OpRow(
+                    op=case.op,
+                    implementation=name,
+                    model=shape.model
+                    if device.type == "cuda"
+                    else f"{shape.model.split(',')[0]}, {shape.tokens} tokens",
+                    rows=rows,
+                    seconds=seconds,
+                    iqr=iqr,
+                    gb_per_second=speed,
+                    copy_gb_per_second=copy,
+                    error=errors[name],
+                    budget=errors["eager"],
+                    dtype=str(dtype).removeprefix("torch."),
+                    **record.environment(device),
+                )
+            )
+    return measured
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", default="", help="only models whose name begins with this")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 3], help="rows of a forward")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32", "float16"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the eager form, too")
+    parser.add_argument("--out", default=str(record.RESULTS / "ops.csv"), help="CSV file to append to")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    shapes = [shape for shape in SHAPES if shape.model.startswith(options.models)]
+    if device.type == "cpu":
+        small = [shape for shape in shapes if shape.channels <= CPU_CHANNELS]
+        shapes = [
+            replace(shape, model=f"{shape.model.split(',')[0]}, {CPU_TOKENS} tokens", tokens=CPU_TOKENS)
+            for shape in small
+        ]
+    for shape in shapes:
+        for dtype in options.dtype:
+            for rows in options.rows:
+                for case in cases(shape, rows, getattr(torch, dtype), device):
+                    record.append(
+                        record.Path(options.out), *measure(case, shape, rows, getattr(torch, dtype), options.compile)
+                    )
+
+
+if __name__ == "__main__":
+    main()
