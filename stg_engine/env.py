@@ -48,9 +48,11 @@ def variables() -> dict[str, str]:
 def describe() -> dict[str, str]:
     """The whole report, name -> value, in the order to print."""
     import torch
+    from stg_kernels import native_devices
 
     lines = {**versions(), "executable": sys.executable, "platform": platform.platform(), "processor": _processor()}
     lines["torch threads"] = str(torch.get_num_threads())
+    lines["stg_kernels"] = f"compiled for {', '.join(sorted(native_devices())) or 'no device'}"
     usable = "available" if torch.cuda.is_available() else "not available"
     lines["cuda"] = f"built for {torch.version.cuda or 'no CUDA'}, {usable}"
     lines["driver"] = _driver()

@@ -50,7 +50,7 @@ def test_bf16_is_within_the_error_of_plain_passes(transformer, inputs):
     widened = [{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in group.items()} for group in inputs]
     plain = passes_one_by_one(transformer, CONFIG.skips, *inputs)
     batched = passes_in_one_batch(transformer, CONFIG.skips, *inputs)
-    with Denoiser(transformer, CONFIG) as denoiser:
+    with Denoiser(transformer, CONFIG, kernels="off") as denoiser:
         engine = denoiser.branches(*inputs)
     exact = passes_one_by_one(transformer.float(), CONFIG.skips, *widened)
     transformer.to(torch.bfloat16)
@@ -64,7 +64,7 @@ def test_bf16_is_within_the_error_of_plain_passes(transformer, inputs):
 @torch.no_grad()
 def test_serial_is_bitwise_equal_to_plain_passes(transformer, inputs):
     plain = passes_one_by_one(transformer, CONFIG.skips, *inputs)
-    with Denoiser(transformer, CONFIG, execution="serial") as denoiser:
+    with Denoiser(transformer, CONFIG, execution="serial", kernels="off") as denoiser:
         engine = denoiser.branches(*inputs)
     for name in plain:
         assert torch.equal(engine[name], plain[name]), name
@@ -87,3 +87,19 @@ def test_offloaded_pipelines(offload):
         assert torch.equal(latents_of(pipe), expected)
         assert engine.report().device == torch.cuda.get_device_name()
         assert engine.report().peak_bytes > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("execution", ["batched", "serial"])
+def test_fused_blocks_are_as_near_as_plain_passes(transformer, inputs, execution):
+    widened = [{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in group.items()} for group in inputs]
+    plain = passes_one_by_one(transformer, CONFIG.skips, *inputs)
+    batched = passes_in_one_batch(transformer, CONFIG.skips, *inputs)
+    with Denoiser(transformer, CONFIG, execution=execution) as denoiser:
+        engine = denoiser.branches(*inputs)
+        assert denoiser.fusion.used == "stg_kernels in 28 of 28 blocks"
+    exact = passes_one_by_one(transformer.float(), CONFIG.skips, *widened)
+    transformer.to(torch.bfloat16)
+    for name in exact:
+        budget = (plain[name].float() - exact[name]).norm() + (batched[name] - plain[name]).float().norm()
+        assert (engine[name].float() - exact[name]).norm() <= budget, name
