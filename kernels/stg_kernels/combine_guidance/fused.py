@@ -67,7 +67,7 @@ def _moments_kernel(
         position = begin + tl.arange(0, BLOCK)
         mask = position < stop
         g, c, u = _guided(rows_ptr, scales_ptr, video, position, mask, elements, videos, skips, HAS_UNCOND)
-        n = tl.sum(mask.to(tl.float32), axis=0)
+        n = tl.minimum(stop - begin, BLOCK).to(tl.float32)
         weight = n / (count + n)
         block_g = tl.sum(g, axis=0) / n
         block_c = tl.sum(c, axis=0) / n
