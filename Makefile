@@ -43,13 +43,15 @@ ifneq ($(shell { $(BIN)/python -c 'print("starts")'; } 2>/dev/null),starts)
 $(shell rm -f $(VENV)/.base)
 endif
 
-$(VENV)/.base: constraints.txt pyproject.toml setup.py
+# csrc compiles against the torch that is installed, so torch comes first and the build sees it.
+$(VENV)/.base: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	@test -n "$(PYTHON)" || { echo "stg_engine needs Python 3.11 or newer" >&2; exit 2; }
 	@echo "installing into $(VENV) (minutes the first time)"
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP) -e .
+	$(PIP) setuptools torch
+	$(PIP) --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.test $(VENV)/.dev $(VENV)/.peers: $(VENV)/.%: $(VENV)/.base
-	$(PIP) -e '.[$*]'
+	$(PIP) --no-build-isolation -e '.[$*]'
 	@touch $@

@@ -131,9 +131,7 @@ def measure(case: Case, shape: Shape, rows: int, dtype: torch.dtype, compile_too
                 record.OpRow(
                     op=case.op,
                     implementation=name,
-                    model=shape.model
-                    if device.type == "cuda"
-                    else f"{shape.model.split(',')[0]}, {shape.tokens} tokens",
+                    model=shape.model,
                     rows=rows,
                     seconds=seconds,
                     iqr=iqr,
