@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
 import subprocess
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 import stg_engine
+from stg_engine.env import processor
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -86,7 +86,7 @@ class OpRow:
 def environment(device: torch.device) -> dict[str, str | int]:
     """The fields of a row that say where it was measured."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": metadata.version("diffusers"),
@@ -118,16 +118,6 @@ def read(path: Path, kind: Any = Row) -> list[Any]:
             kind(**{field.name: kinds[str(field.type)](row[field.name]) for field in fields(kind)})
             for row in csv.DictReader(file)
         ]
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        if cpuinfo.exists()
-        else []
-    )
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def _commit() -> str:

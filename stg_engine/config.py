@@ -6,7 +6,7 @@ Frozen dataclasses on the standard library alone. A wrong value raises `ValueErr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
 from numbers import Integral, Real
@@ -27,7 +27,10 @@ def _choice(field: str, value: object, allowed: tuple) -> None:
 def number(field: str, value: object, low: float, high: float = math.inf) -> float:
     """`value` as a float. Raises `ValueError` that names `field` unless it is a finite number in [low, high]."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    result = float(value) if is_number else math.nan  # type: ignore[arg-type]
+    try:
+        result = float(value) if is_number else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        result = math.inf
     if not low <= result <= high or math.isinf(result):
         bounds = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         hint = f"; pass float({field})" if hasattr(value, "item") else ""
@@ -42,7 +45,7 @@ def _all_of(kind: type, field: str, value: object) -> tuple:
 
 
 def _layers(value: object, *, may_be_empty: bool = False) -> tuple[int, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"layers={value!r} is not allowed; it must be a sequence of block indices such as (19,)")
     layers = tuple(value)
     for layer in layers:
@@ -133,6 +136,11 @@ class StepGuidance:
     guidance_scale: float | None = None
 
     @property
+    def is_plain(self) -> bool:
+        """True if the step is the caller's own guidance: nothing of the setting acts in it."""
+        return not self.skips and self.guidance_scale is None
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Branch names of `skips`, in order: skip, skip2, ..."""
         return tuple("skip" if i == 0 else f"skip{i + 1}" for i in range(len(self.skips)))
@@ -147,7 +155,8 @@ class STGConfig:
     start, stop   the skips are on while start <= progress < stop, progress = step index / number of steps
     extra_skips   further skip branches
     schedule      settings per sigma instead of layers, scale, rescale, start, stop and extra_skips
-    cfg_star      u is first multiplied by <c, u> / |u|^2 per sample (CFG-star, Lightricks/LTX-Video)
+    cfg_star      u is first multiplied by <c, u> / |u|^2 per sample (CFG-star, Lightricks/LTX-Video), in steps with
+                  skips or a scheduled guidance scale
     rescale_over  "sample": the std of each video on its own; "batch": one std over the whole batch (STGuidance)
     arithmetic    "float32", or "model": combine in the transformer's dtype (Lightricks/LTX-Video: bfloat16)
 
@@ -172,7 +181,8 @@ class STGConfig:
         _choice("axis", self.axis, AXES)
         _choice("rescale_over", self.rescale_over, RESCALE_OVER)
         _choice("arithmetic", self.arithmetic, ARITHMETIC)
-        _choice("cfg_star", self.cfg_star, (True, False))
+        if not isinstance(self.cfg_star, bool):
+            raise ValueError(f"cfg_star={self.cfg_star!r} is not allowed; choose one of True, False")
         if self.schedule is not None:
             self._check_schedule_stands_alone()
             return

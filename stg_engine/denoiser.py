@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ from stg_engine.config import StepGuidance, STGConfig, number
 from stg_engine.fused import Fusion
 from stg_engine.guard import refuse_compiled, refuse_in_guided_step
 from stg_engine.inputs import Inputs, all_rows, check_inputs
-from stg_engine.memo import Memo, weights_fingerprint
-from stg_engine.models import spec_of
+from stg_engine.memo import Memo, fingerprint
+from stg_engine.models import ModelSpec, spec_of
 from stg_engine.once import OncePerPrompt, OncePerStep, PerRow, TimeEmbedding
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS
@@ -35,9 +36,9 @@ class Denoiser:
     kernels      "auto": blocks and guidance from `stg_kernels` where family and device have them; "off": the modules as
                  they are. `fusion.used` says what the last guided step ran
 
-    What follows from prompt and weights alone is kept from step to step; call `release()` after writing weights through
-    `weight.data`. `differences` holds, per skip branch, max |c - p| of its first step, a scalar tensor: 0 means that
-    the skip changes nothing.
+    What follows from prompt and weights alone is kept from step to step; call `release()` after writing either in a way
+    that PyTorch does not count: through `.data`, as hotswapping a LoRA does, or through a NumPy array. `differences`
+    holds, per skip, max |c - p| of its first step, a scalar tensor: 0 means that the skip changes nothing.
 
     Raises `TypeError` for an unknown transformer, `ValueError` for a setting that the model does not have, and for a
     transformer that is hooked already. One thread at a time; each thread needs a transformer and a Denoiser of its own.
@@ -68,6 +69,7 @@ class Denoiser:
             )
         self.memo = Memo()
         self.differences: dict[str, Tensor] = {}
+        self._attentions = [block.get_submodule(self.spec.self_attention) for block in self.blocks]
         self.fusion = Fusion(self.spec.fused, kernels)
         self._scales: dict[tuple, Tensor] = {}
         self._slot = Slot()
@@ -174,11 +176,12 @@ class Denoiser:
         if not step.skips:  # plain diffusers, whatever else is on
             rows = all_rows(self.spec, names, shared, cond, uncond)
             return names, forward(**rows, return_dict=False)
+        self._refuse_replaced_modules()
         refuse_compiled(self.transformer, self._hooked)
         refuse_in_guided_step(self.transformer, self._forwards)
         try:
             prompt = [*cond.values(), *(() if uncond is None else uncond.values())]
-            self.memo.keep_only(self._source(shared), prompt)
+            self.memo.keep_only(fingerprint(self._once_per_prompt()), _other_sources(self.spec, shared), prompt)
             fused = self.fusion.forwards(self.blocks, shared[self.spec.latents[0]])
             self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused)
             rows = all_rows(self.spec, names, shared, cond, uncond, self.memo)
@@ -198,14 +201,16 @@ class Denoiser:
         rows: Tensor,
         guidance_scale: float,
         rescale: float = 0.0,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """The guided prediction [B, ...] of `predict`'s rows, by this config's conventions, rounded once, to `dtype`.
+        """The guided prediction [B, ...] of `predict`'s rows, by this config's conventions, rounded once, to `dtype`
+        (None: float32, float64 for float64).
 
         `rescale` stands in where the step has none. `guidance.combine`, or `stg_kernels.combine_guidance` where the
         step's blocks were fused.
         """
         rescale = step.rescale or rescale
+        dtype = torch.promote_types(rows.dtype, torch.float32) if dtype is None else dtype
         if step.skips and self.fusion.is_on and self.config.arithmetic == "float32" and rows.is_contiguous():
             from stg_kernels import combine_guidance
 
@@ -226,7 +231,7 @@ class Denoiser:
             [(branches[name], skip.scale) for name, skip in zip(step.names, step.skips, strict=True)],
             guidance_scale=guidance_scale,
             rescale=rescale,
-            cfg_star=self.config.cfg_star,
+            cfg_star=self.config.cfg_star and not step.is_plain,
             rescale_over=self.config.rescale_over,
             arithmetic=self.config.arithmetic,
         ).to(dtype)
@@ -238,19 +243,20 @@ class Denoiser:
 
     def _note_differences(self, step: StepGuidance, names: tuple[str, ...], rows: Tensor) -> None:
         branches = dict(zip(names, rows.chunk(len(names)), strict=True))
-        for name in step.names:
-            if name not in self.differences:
-                self.differences[name] = guidance.largest_difference(branches["cond"], branches[name])
+        for name, skip in zip(step.names, step.skips, strict=True):
+            key = name if self.config.schedule is None else f"{name} {', '.join(map(str, skip.layers))}"
+            if key not in self.differences:
+                self.differences[key] = guidance.largest_difference(branches["cond"], branches[name])
 
-    def _source(self, shared: Inputs) -> Any:
-        """All that the prompt's keys and values follow from but the prompt."""
-        paths, paths_in_block = self.spec.once_per_prompt, self.spec.once_per_prompt_in_block
-        modules = [self.transformer.get_submodule(path) for path in paths]
-        modules += [block.get_submodule(path) for block in self.blocks for path in paths_in_block]
-        kind = shared[self.spec.latents[0]].device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        # The LoRA scale in attention_kwargs acts inside the forward, after this fingerprint.
-        return weights_fingerprint(modules), autocast, repr(shared.get("attention_kwargs"))
+    def _once_per_prompt(self) -> list[nn.Module]:
+        modules = [self.transformer.get_submodule(path) for path in self.spec.once_per_prompt]
+        return modules + [b.get_submodule(path) for b in self.blocks for path in self.spec.once_per_prompt_in_block]
+
+    def _refuse_replaced_modules(self) -> None:
+        blocks = self.spec.block_list(self.transformer)
+        attentions = [block.get_submodule(self.spec.self_attention) for block in self.blocks]
+        if any(map(operator.is_not, blocks, self.blocks)) or any(map(operator.is_not, attentions, self._attentions)):
+            raise RuntimeError("a block or its self-attention was replaced; detach and attach again")
 
     def _check_config(self) -> None:
         if not isinstance(self.config, STGConfig):
@@ -302,6 +308,14 @@ class Denoiser:
         registry = getattr(self.transformer, "_diffusers_hook", None)
         if registry is not None:
             registry.invalidate_child_registries_cache()
+
+
+def _other_sources(spec: ModelSpec, shared: Inputs) -> Any:
+    """What prompt keys and values follow from beside prompt and weights."""
+    kind = shared[spec.latents[0]].device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    # The LoRA scale in attention_kwargs acts inside the forward, after the fingerprint.
+    return autocast, repr(shared.get("attention_kwargs"))
 
 
 def _max_rows(execution: str, max_rows: int | None) -> int | None:

@@ -33,7 +33,7 @@ def device_name(device: str) -> str:
 
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def variables() -> dict[str, str]:
@@ -50,7 +50,7 @@ def describe() -> dict[str, str]:
     import torch
     from stg_kernels import native_devices
 
-    lines = {**versions(), "executable": sys.executable, "platform": platform.platform(), "processor": _processor()}
+    lines = {**versions(), "executable": sys.executable, "platform": platform.platform(), "processor": processor()}
     lines["torch threads"] = str(torch.get_num_threads())
     lines["stg_kernels"] = f"compiled for {', '.join(sorted(native_devices())) or 'no device'}"
     usable = "available" if torch.cuda.is_available() else "not available"
@@ -97,7 +97,7 @@ def _driver() -> str:
     return result.stdout.split("\n")[0].strip() or "none found"
 
 
-def _processor() -> str:
+def processor() -> str:
     """Processor model as the system names it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:

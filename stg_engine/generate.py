@@ -149,7 +149,7 @@ def _run_all(
     if g > 1:
         clips.append(_run(pipe, request, size, f"CFG {g:g}", None, g))
     # Set by the runs above, whose steps are the same.
-    sigmas = [t / pipe.scheduler.config.num_train_timesteps for t in pipe.scheduler.timesteps.tolist()]
+    sigmas = pipe.scheduler.sigmas[:-1].tolist()
     with recorded_calls(pipe.transformer, recorded_steps(config, size["steps"], sigmas)) as calls:
         clips.append(_run(pipe, request, size, _label(setting), config, g))
     steps = steps_of(model.spec, calls, size["steps"], sigmas, g)

@@ -26,22 +26,24 @@ def combine(
     """`u + g (c - u) + sum_i s_i (c - p_i)`, then the std-rescale; `c + sum_i s_i (c - p_i)` if uncond is None.
 
     The paper gives CFG (Eq. 6) and the skip term (Eq. 13) on their own; their sum is the published codes' convention.
-    Returns float32 [B, ...], rounded to the predictions' dtype between operations only if arithmetic is "model".
+    Returns float32 [B, ...], float64 for float64; rounded to the predictions' dtype between operations only if
+    arithmetic is "model".
     """
+    wide = torch.promote_types(cond.dtype, torch.float32)
     if arithmetic == "float32":
-        cond = cond.float()
-        uncond = None if uncond is None else uncond.float()
-        skips = [(skip.float(), scale) for skip, scale in skips]
+        cond = cond.to(wide)
+        uncond = None if uncond is None else uncond.to(wide)
+        skips = [(skip.to(wide), scale) for skip, scale in skips]
     guided = cond
     if uncond is not None:
         if cfg_star:
-            uncond = cfg_star_alpha(cond.float(), uncond.float()).to(uncond.dtype) * uncond  # |u|^2 overflows fp16
+            uncond = cfg_star_alpha(cond.to(wide), uncond.to(wide)).to(uncond.dtype) * uncond  # |u|^2 overflows fp16
         guided = uncond + guidance_scale * (cond - uncond)
     for skip, scale in skips:
         guided = guided + scale * (cond - skip)
     if rescale > 0:
         guided = guided * rescale_factor(cond, guided, rescale, over=rescale_over)
-    return guided.float()
+    return guided.to(wide)
 
 
 def rescale_factor(cond: Tensor, guided: Tensor, rescale: float, *, over: str = "sample") -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +10,14 @@ from torch import Tensor, nn
 
 from stg_engine.memo import Memo
 from stg_engine.models import ModelSpec
+from stg_engine.rows import signature_of
 
 Inputs = Mapping[str, Any]
 
 
 def check_inputs(transformer: nn.Module, spec: ModelSpec, shared: Inputs, cond: Inputs, uncond: Inputs | None) -> int:
     """The number of videos B. Raises `ValueError` that names what is missing, misplaced or of the wrong size."""
-    known = inspect.signature(type(transformer).forward).parameters
+    known = signature_of(type(transformer)).parameters
     groups = {"shared": shared, "cond": cond, "uncond": {} if uncond is None else uncond}
     for group, inputs in groups.items():
         if not isinstance(inputs, Mapping):
@@ -34,6 +34,8 @@ def check_inputs(transformer: nn.Module, spec: ModelSpec, shared: Inputs, cond: 
     if first not in shared:
         raise ValueError(f"shared holds {sorted(shared)}; it must hold {first!r}")
     videos = len(shared[first])
+    if videos == 0:
+        raise ValueError(f"shared[{first!r}] has no rows; it must have one per video")
     for group, inputs in groups.items():
         for name, value in inputs.items():
             if group == "uncond" and (value is None) != (cond[name] is None):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,29 +13,31 @@ from torch import Tensor, nn
 class Memo:
     """Results of pure functions of tensors that stay the same for many steps.
 
-    An entry is found by the memory that a tensor views and its version counter, and holds the tensor, so that the
-    memory cannot be given to another one. In-place writes raise the version and miss. Tensors without a version
+    An entry is found by the tensor object (of a view: the one it views), the view's layout and the version counter, and
+    holds the tensor, so that no other one can be taken for it. In-place writes raise the version and miss; writes that
+    PyTorch does not count (`tensor.data`, a NumPy array that shares the memory) go unnoticed. Tensors without a version
     counter (`torch.inference_mode`) and calls that record gradients are computed anew every time.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, tuple[tuple[Tensor, ...], Tensor, int]] = {}
+        self._entries: dict[Hashable, tuple[list[Tensor], Tensor, int]] = {}
         self._owned: set[int] = set()
-        self._source: Hashable = None
+        self._source: tuple[Hashable, list[Any]] = ((), [])
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def keep_only(self, source: Hashable, prompt: Iterable[Tensor | None]) -> None:
-        """Clear everything unless `source` (a fingerprint of the weights) and `prompt` are those of the last call.
+    def keep_only(self, weights: Fingerprint, others: Hashable, prompt: Iterable[Tensor | None]) -> None:
+        """Clear everything unless the weights, `others` and `prompt` are those of the last call.
 
         What is kept is bounded by one prompt, also in a loop that makes its embeddings anew in every step.
         """
         tensors = [tensor for tensor in prompt if tensor is not None and not tensor.is_inference()]
-        source = (source, *map(_view_of_memory, tensors))
-        if source != self._source:
+        source = (weights.state, others, *map(_identity, tensors))
+        if source != self._source[0]:
             self.clear()
-            self._source = source
+            # Held, because an id says nothing of an object that is gone.
+            self._source = (source, [*weights.held, *map(_root, tensors)])
 
     def get(self, name: Hashable, inputs: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, or what it returned when it was last called for `name` and these inputs."""
@@ -43,11 +47,11 @@ class Memo:
             or any(tensor.is_inference() for tensor in inputs)
         ):
             return compute()
-        key = (name, *map(_view_of_memory, inputs))
+        key = (name, *map(_identity, inputs))
         entry = self._entries.get(key)
         if entry is None or entry[2] != entry[1]._version:
             result = compute()
-            self._entries[key] = entry = (inputs, result, result._version)
+            self._entries[key] = entry = (list(map(_root, inputs)), result, result._version)
             self._owned.add(result.untyped_storage().data_ptr())
         return entry[1]
 
@@ -58,32 +62,52 @@ class Memo:
     def clear(self) -> None:
         self._entries.clear()
         self._owned.clear()
-        self._source = None
+        self._source = ((), [])
 
 
-def _view_of_memory(tensor: Tensor) -> Hashable:
-    storage = tensor.untyped_storage().data_ptr()
+def _root(tensor: Tensor) -> Tensor:
+    """The tensor that a view views, else itself."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def _identity(tensor: Tensor) -> Hashable:
     layout = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-    return (storage, *layout, tensor._version)
+    return (id(_root(tensor)), *layout, tensor._version)
 
 
-def weights_fingerprint(modules: Iterable[nn.Module]) -> Hashable:
-    """Changes when a weight is written or replaced, or when a PEFT adapter is added, switched, scaled or merged.
+@dataclass(frozen=True)
+class Fingerprint:
+    """What modules compute with: equal states mean equal functions, while what `held` names is alive."""
 
-    Values written through `weight.data` into the same memory go unnoticed: PyTorch does not count them.
+    state: Hashable
+    held: list[Any]
+
+
+def fingerprint(modules: Iterable[nn.Module]) -> Fingerprint:
+    """Changes when a weight or buffer is written or replaced, a forward hook comes or goes, and when a PEFT adapter is
+    added, switched, scaled or merged.
+
+    Values written through `weight.data` into the same memory go unnoticed: PyTorch does not count them. Weights without
+    a version counter (`torch.inference_mode`) make every fingerprint another one.
     """
-    return tuple(
-        (
-            id(module),
-            tuple(
-                (id(weight), weight.data_ptr(), weight._version)
-                for weight in module.parameters()
-                if not weight.is_inference()
-            ),
-            tuple(getattr(module, "active_adapters", ())),
-            tuple(getattr(module, "merged_adapters", ())),
-            tuple(sorted(getattr(module, "scaling", {}).items())),
-            getattr(module, "disable_adapters", False),
+    held: list[Any] = []
+    states: list[Hashable] = []
+    for module in (inner for outer in modules for inner in outer.modules()):
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.is_inference() for tensor in tensors):
+            tensors = []
+            held.append(object())
+            states.append(id(held[-1]))
+        held += [module, *tensors]
+        states.append(
+            (
+                id(module),
+                tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors),
+                (*module._forward_hooks, *module._forward_pre_hooks),
+                tuple(getattr(module, "active_adapters", ())),
+                tuple(getattr(module, "merged_adapters", ())),
+                tuple(sorted(getattr(module, "scaling", {}).items())),
+                getattr(module, "disable_adapters", False),
+            )
         )
-        for module in modules
-    )
+    return Fingerprint(tuple(states), held)

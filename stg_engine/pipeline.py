@@ -69,6 +69,7 @@ class Engine:
         self.pipe, self.denoiser = pipe, denoiser
         self._report = new_report(denoiser, denoiser.plans(), pipe._execution_device)
         self._steps: Iterator[StepGuidance] | None = None
+        self._timestep: Any = None
         self._installed_forward = install(denoiser.transformer, _Takeover(self), HOOK_NAME)
         self._own_bar, self._progress_bar = vars(pipe).get("progress_bar"), pipe.progress_bar
         pipe.progress_bar = self._guarded_progress_bar
@@ -113,15 +114,17 @@ class Engine:
                 f"the transformer was called outside the denoising loop of the {type(self.pipe).__name__} that "
                 "stg_engine is attached to; attach to the pipeline that runs, or use a Denoiser in a loop of your own"
             )
-        step = next(self._steps, None)
+        timestep = getattr(self.pipe, "_current_timestep", None)  # the loop makes one object per step
+        step = next(self._steps, None) if timestep is None or timestep is not self._timestep else None
         if step is None:
             raise RuntimeError(
-                f"the {type(self.pipe).__name__} called its transformer more often than it has steps, "
-                f"{self.pipe.num_timesteps}; use a Denoiser in a loop of your own"
+                f"the transformer was called more often than once in a step of the {type(self.pipe).__name__} (by a "
+                "callback, or by the pipeline itself); call it outside, or use a Denoiser in a loop of your own"
             )
+        self._timestep = timestep
         self._report.steps += 1
         guidance_scale = self.pipe.guidance_scale if step.guidance_scale is None else step.guidance_scale
-        if not step.skips and step.guidance_scale is None:
+        if step.is_plain:
             return forward(**arguments)
         self._report.guided_steps += bool(step.skips)
         return self._guided(step, forward, arguments, guidance_scale)
@@ -188,7 +191,7 @@ class Engine:
             self._report.seconds = time.perf_counter() - began
             self._report.differences = {name: value.item() for name, value in denoiser.differences.items()}
         finally:
-            self._steps = None
+            self._steps = self._timestep = None
             denoiser.release()
         for name, value in self._report.differences.items():
             if value == 0:

@@ -46,11 +46,11 @@ def three_passes(
     branches = run(transformer, step.skips, shared, cond, uncond)
     dtype = branches["cond"].dtype
     if config.arithmetic == "float32":
-        branches = {name: prediction.float() for name, prediction in branches.items()}
+        branches = {name: p.to(torch.promote_types(dtype, torch.float32)) for name, p in branches.items()}
     out = c = branches["cond"]
     if uncond is not None:
         u = branches["uncond"]
-        if config.cfg_star:
+        if config.cfg_star and not step.is_plain:
             u = (c * u).flatten(1).sum(1)[:, None, None] / (u.flatten(1).square().sum(1)[:, None, None] + 1e-8) * u
         out = u + guidance_scale * (c - u)
     for name, skip in zip(step.names, step.skips, strict=True):

@@ -48,7 +48,7 @@ class Report:
         if self.note:
             lines.append(f"note       {self.note}")
         for name, value in self.differences.items():
-            note = "" if value > 0 else ": this skip changes nothing, its rows are computed for no effect"
+            note = ": this skip changes nothing, its rows are computed for no effect" if value == 0 else ""
             lines.append(f"{name:<9}  max |c - p| = {value:.3g} in its first step{note}")
         return "\n".join(lines)
 

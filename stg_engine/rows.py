@@ -229,11 +229,18 @@ class EngineHook(ModelHook):
         raise TypeError("stg_engine is on this transformer; detach it before you copy or pickle the transformer")
 
 
+def signature_of(kind: type) -> inspect.Signature:
+    """Of the class's forward; a subclass that hands everything on by *args and **kwargs has that of its parent."""
+    signatures = [inspect.signature(vars(base)["forward"]) for base in kind.__mro__ if "forward" in vars(base)]
+    named = [s for s in signatures if not any(p.kind is p.VAR_POSITIONAL for p in s.parameters.values())]
+    return (named or signatures)[0]
+
+
 class ArgumentHook(EngineHook):
     """A hook that sees its module's arguments by name."""
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        self.signature = inspect.signature(type(module).forward)
+        self.signature = signature_of(type(module))
         return module
 
     def bind(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -178,9 +178,24 @@ def test_bf16_is_within_the_error_of_the_plain_forward():
         assert error <= budget + another_order
 
 
-@pytest.mark.parametrize(
-    "config", [STGConfig(layers=(1,), scale=0.0), STGConfig(layers=(1,), start=0.5)], ids=["scale_0", "outside"]
-)
+PLAIN = {
+    "scale_0": STGConfig(layers=(1,), scale=0.0),
+    "outside": STGConfig(layers=(1,), start=0.5),
+    "cfg_star": STGConfig(layers=(1,), scale=0.0, cfg_star=True),
+}
+
+
+def test_float64_stays_float64():
+    transformer = tiny_transformer(dtype=torch.float64)
+    shared, cond, uncond = tiny_inputs(1, dtype=torch.float64)
+    config = STGConfig(layers=(1,), scale=1.5, rescale=0.5, cfg_star=True)
+    with Denoiser(transformer, config, execution="serial") as denoiser:
+        actual = denoiser(shared, cond, uncond, guidance_scale=3.0)
+    expected = three_passes(transformer, config, shared, cond, uncond, 3.0)
+    assert relative_error(actual, expected) <= 16 * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("config", PLAIN.values(), ids=PLAIN)
 def test_steps_without_skips_are_plain_diffusers(transformer, config):
     shared, cond, uncond = tiny_inputs(2)
     rows = {k: torch.cat([v, v]) if isinstance(v, torch.Tensor) else v for k, v in shared.items()}

@@ -40,6 +40,10 @@ WRONG = [
     ({"rescale_over": "video"}, "rescale_over='video'"),
     ({"arithmetic": "bf16"}, "arithmetic='bf16'"),
     ({"cfg_star": "yes"}, "cfg_star='yes'"),
+    ({"cfg_star": np.array([True])}, "cfg_star=array"),
+    ({"scale": 10**400}, "scale=1000"),
+    ({"layers": b"\x01"}, "layers=b"),
+    ({"layers": {1: 2}}, "layers={1: 2}"),
 ]
 
 

@@ -15,7 +15,7 @@ from diffusers.hooks import (
 from engine.tiny import tiny_inputs, tiny_transformer
 from torch import nn
 
-from stg_engine import Denoiser, STGConfig
+from stg_engine import Denoiser, STGConfig, rows
 
 FIRST_BLOCK_CACHE = FirstBlockCacheConfig(threshold=0.1)
 
@@ -231,6 +231,66 @@ def test_gradient_checkpointing_is_refused_where_gradients_are_recorded():
 def test_a_hooked_transformer_is_not_copied(transformer, denoiser, take):
     with pytest.raises(TypeError, match="detach it before you copy"):
         take(transformer)
+
+
+@pytest.mark.parametrize("which", ["block", "attention"])
+def test_replaced_modules_are_noticed(which):
+    transformer, other = tiny_transformer(), tiny_transformer(seed=1)
+    with torch.no_grad(), Denoiser(transformer, STGConfig(layers=(1,), mode="attention")) as denoiser:
+        kept = transformer.transformer_blocks[1]
+        if which == "block":
+            transformer.transformer_blocks[1] = other.transformer_blocks[1]
+        else:
+            attention, kept.attn1 = kept.attn1, other.transformer_blocks[1].attn1
+        with pytest.raises(RuntimeError, match="was replaced; detach and attach again"):
+            denoiser(*tiny_inputs(), guidance_scale=3.0)
+        if which == "block":
+            transformer.transformer_blocks[1] = kept
+        else:
+            kept.attn1 = attention
+
+
+def test_no_videos(denoiser):
+    shared, cond, uncond = tiny_inputs()
+    empty = [{k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in i.items()} for i in (shared, cond, uncond)]
+    with pytest.raises(ValueError, match=r"shared\['hidden_states'\] has no rows"):
+        denoiser(*empty, guidance_scale=3.0)
+
+
+def test_a_subclass_that_hands_everything_on():
+    class Sub(type(tiny_transformer())):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    transformer = tiny_transformer()
+    with torch.no_grad(), Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
+        expected = denoiser(*tiny_inputs(), guidance_scale=3.0)
+    transformer.__class__ = Sub
+    with torch.no_grad(), Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
+        assert torch.equal(denoiser(*tiny_inputs(), guidance_scale=3.0), expected)
+
+
+def test_a_failed_installation_leaves_no_hooks(monkeypatch):
+    transformer = tiny_transformer()
+    installed = []
+
+    def fail_late(module, hook, install=rows.install):
+        installed.append(module)
+        return 1 / 0 if len(installed) == 5 else install(module, hook)
+
+    monkeypatch.setattr("stg_engine.denoiser.install", fail_late)
+    with pytest.raises(ZeroDivisionError):
+        Denoiser(transformer, STGConfig(layers=(1,)))
+    assert not [module for module in transformer.modules() if "_diffusers_hook" in vars(module)]
+
+
+def test_differences_are_those_of_the_first_step(denoiser):
+    shared, cond, uncond = tiny_inputs()
+    denoiser.differences.clear()
+    denoiser(shared, cond, uncond, guidance_scale=3.0)
+    first = denoiser.differences["skip"]
+    denoiser({**shared, "hidden_states": 2 * shared["hidden_states"]}, cond, uncond, guidance_scale=3.0)
+    assert denoiser.differences["skip"] is first
 
 
 def test_modules_called_outside_a_guided_forward(transformer):

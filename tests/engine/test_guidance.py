@@ -70,3 +70,13 @@ def test_largest_difference(predictions):
     c, _, p, _ = predictions
     assert largest_difference(c, p) == (c - p).abs().max()
     assert largest_difference(c, c) == 0
+
+
+def test_cfg_star_of_large_float16_values():
+    """|u|^2 overflows float16; the sums are float32."""
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = (300 * torch.randn(1, 4, 64, generator=generator).half() for _ in range(2))
+    actual = combine(cond, uncond, [], guidance_scale=2.0, cfg_star=True, arithmetic="model")
+    alpha = (cond.double() * uncond.double()).sum() / uncond.double().square().sum()
+    scaled = alpha.half() * uncond
+    assert torch.equal(actual, (scaled + 2.0 * (cond - scaled)).float())

@@ -6,7 +6,7 @@ from engine.tiny import tiny_inputs, tiny_transformer
 from peft import LoraConfig
 
 from stg_engine import Denoiser, Skip, STGConfig
-from stg_engine.memo import Memo, weights_fingerprint
+from stg_engine.memo import Memo, fingerprint
 from stg_engine.reference import passes_one_by_one
 
 CONFIG = STGConfig(layers=(1,))
@@ -156,10 +156,101 @@ def test_autocast_is_noticed(transformer):
 @pytest.mark.parametrize("field", ["active_adapters", "merged_adapters", "scaling", "disable_adapters"])
 def test_fingerprint_sees_each_state_of_an_adapter(field):
     module = torch.nn.Linear(2, 2)
-    before = weights_fingerprint([module])
+    outer = torch.nn.Sequential(module)
+    before = fingerprint([outer])
     values = {"scaling": {"a": 0.5}, "disable_adapters": True}
     setattr(module, field, values.get(field, ["a"]))
-    assert weights_fingerprint([module]) != before
+    assert fingerprint([outer]).state != before.state
+
+
+STATES = {
+    "written": lambda module: module.weight.mul_(2),
+    "through_data": lambda module: setattr(module.weight, "data", module.weight.data * 2),
+    "replaced": lambda module: setattr(module, "weight", torch.nn.Parameter(module.weight * 2)),
+    "buffer": lambda module: module.running_mean.add_(1),
+    "hook": lambda module: module.register_forward_hook(lambda *_: None),
+    "pre_hook": lambda module: module.register_forward_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("change", STATES)
+def test_fingerprint_sees_a_module_change(change):
+    module = torch.nn.BatchNorm1d(3)
+    outer = torch.nn.Sequential(module)
+    before = fingerprint([outer])
+    assert fingerprint([outer]).state == before.state
+    STATES[change](module)
+    assert fingerprint([outer]).state != before.state
+
+
+def test_fingerprint_tells_modules_that_share_weights_apart():
+    one, two = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+    two.weight = one.weight
+    assert fingerprint([one]).state != fingerprint([two]).state
+
+
+def test_weights_without_a_version_counter_are_never_the_same():
+    with torch.inference_mode():
+        module = torch.nn.Linear(2, 2)
+    before = fingerprint([module])
+    assert fingerprint([module]).state != before.state
+
+
+@pytest.mark.parametrize("change", ["scale", "switch_off", "fuse"])
+def test_adapters_inside_the_caption_projection_are_noticed(transformer, change):
+    inputs = tiny_inputs()
+    lora = LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["caption_projection.linear_1"])
+    transformer.add_adapter(lora, "first")
+    denoiser = Denoiser(transformer, CONFIG)
+    denoiser.branches(*inputs)
+    if change == "scale":
+        transformer.set_adapters(["first"], [0.25])
+    elif change == "switch_off":
+        transformer.disable_adapters()
+    else:
+        transformer.fuse_lora(lora_scale=0.5)
+    assert_right(transformer, denoiser, inputs)
+
+
+def test_a_prompt_in_memory_that_torch_does_not_own_is_noticed(transformer):
+    shared, cond, uncond = tiny_inputs()
+    memory = cond["encoder_hidden_states"].numpy().copy()
+    denoiser = Denoiser(transformer, CONFIG)
+    denoiser.branches(shared, {**cond, "encoder_hidden_states": torch.from_numpy(memory)}, uncond)
+    memory *= 2
+    assert_right(transformer, denoiser, (shared, {**cond, "encoder_hidden_states": torch.from_numpy(memory)}, uncond))
+
+
+def test_views_with_other_layouts_are_other_inputs():
+    memo, x = Memo(), torch.arange(6.0)
+    views = [x[:4].view(2, 2), x[:4].view(2, 2).T, x[1:5].view(2, 2), x[:4]]
+    for view in views * 2:
+        assert torch.equal(memo.get("double", (view,), lambda view=view: 2 * view), 2 * view)
+    assert len(memo) == len(views)
+
+
+def test_another_prompt_leaves_nothing_owned():
+    memo, prompts = Memo(), [torch.ones(2), torch.ones(2)]
+    results = []
+    for prompt in prompts:
+        memo.keep_only(fingerprint([]), None, [prompt])
+        results.append(memo.get("double", (prompt,), lambda prompt=prompt: 2 * prompt))
+    assert [memo.owns(result) for result in results] == [False, True]
+
+
+def test_key_norms_of_the_prompt_run_once(transformer):
+    calls = []
+    norm = transformer.transformer_blocks[3].attn2.norm_k
+    inner, norm.forward = norm.forward, lambda x: calls.append(1) or inner(x)
+    with Denoiser(transformer, CONFIG) as denoiser:
+        for _ in range(3):
+            denoiser.branches(*tiny_inputs())
+            assert len(calls) > 0
+        calls.clear()
+        inputs = tiny_inputs()
+        for _ in range(3):
+            denoiser.branches(*inputs)
+    assert len(calls) == 1
 
 
 def test_inference_mode_keeps_nothing(transformer):

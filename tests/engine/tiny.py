@@ -140,3 +140,12 @@ def latents_of(pipe: Any, prompt: str | list[str] = "a red cat", *, seed: int = 
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     call = {**CALL, "guidance_scale": 3.0, "generator": generators, **arguments}
     return pipe(prompt=prompt, return_dict=False, **call)[0]
+
+
+def on_step(change: Any) -> dict[str, Any]:
+    """Arguments of a call in which `change(pipe, index, tensors)` is called after every step."""
+
+    def callback(pipe, index, timestep, tensors):
+        return change(pipe, index, dict(tensors))
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
