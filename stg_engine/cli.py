@@ -149,6 +149,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on cpu, else bfloat16)"
     )
     group.add_argument("--execution", choices=("batched", "serial"), default="batched", help="(default: %(default)s)")
+    group.add_argument("--kernels", choices=("auto", "off"), default="auto", help="(default: %(default)s)")
     group.add_argument("--max-rows", type=_integer(1), metavar="N", help="at most N rows at once (default: all)")
     group.add_argument(
         "--compare",

@@ -55,6 +55,7 @@ class Request(Options):
     dtype: str | None = None
     device: str | None = None
     execution: str = "batched"
+    kernels: str = "auto"
     max_rows: int | None = None
     compare: bool = False
     force: bool = False
@@ -119,6 +120,7 @@ def generate(request: Request, warn: Warn) -> str:
         "guidance_scale": setting.guidance_scale,
         "stg": None if setting.config is None else asdict(setting.config),
         "execution": request.execution,
+        "kernels": request.kernels,
         "max_rows": request.max_rows,
         "plan": _describe_plan(plan),
         "device": str(device),
@@ -153,7 +155,7 @@ def _run_all(
     with recorded_calls(pipe.transformer, recorded_steps(config, size["steps"], sigmas)) as calls:
         clips.append(_run(pipe, request, size, _label(setting), config, g))
     steps = steps_of(model.spec, calls, size["steps"], sigmas, g)
-    engine = {"execution": request.execution, "max_rows": request.max_rows}
+    engine = {"execution": request.execution, "max_rows": request.max_rows, "kernels": request.kernels}
     return clips, compare(pipe.transformer, config, steps, **engine)
 
 
@@ -192,7 +194,9 @@ def _attached(
 ) -> AbstractContextManager[stg_engine.Engine | None]:
     if config is None:
         return nullcontext()
-    return stg_engine.attach(pipe, config, execution=request.execution, max_rows=request.max_rows)
+    return stg_engine.attach(
+        pipe, config, execution=request.execution, max_rows=request.max_rows, kernels=request.kernels
+    )
 
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype) -> Any:

@@ -136,6 +136,28 @@ def skipped(transformer: nn.Module, layers: Collection[int], mode: str, rows: sl
         yield
 
 
+@contextmanager
+def moved_block_inputs(transformer: nn.Module) -> Iterator[None]:
+    """While open, every value that enters a block is moved by one unit in the last place, up or down at random.
+
+    What that does to a prediction is what rounding once more per block may do to it. The seed is fixed.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def move(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        generator = generators.setdefault(x.device, torch.Generator(x.device).manual_seed(0))
+        signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device) * 2 - 1
+        x = x + signs.to(x.dtype) * x.abs() * torch.finfo(x.dtype).eps
+        return ((), {**kwargs, "hidden_states": x}) if "hidden_states" in kwargs else ((x, *args[1:]), kwargs)
+
+    blocks: Any = transformer.transformer_blocks
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(move, with_kwargs=True).remove)
+        yield
+
+
 def _names(skips: Sequence[Skip]) -> list[str]:
     return ["skip" if i == 0 else f"skip{i + 1}" for i in range(len(skips))]
 

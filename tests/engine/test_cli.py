@@ -89,6 +89,7 @@ def test_bad_settings(model, capsys, options, needles):
         (["--device", "cuda:99"], ["device='cuda:99'", "cpu"]),
         (["--device", "toaster"], ["device='toaster'", "cpu"]),
         (["--execution", "fast"], ["--execution", "'fast'", "serial"]),
+        (["--kernels", "fast"], ["--kernels", "'fast'", "off"]),
         (["--execution", "serial", "--max-rows", "2"], ["max_rows=2"]),
         (["--prompt", " "], ["prompt=' '"]),
         (["--compare", "--stg-scale", "0"], ["compare"]),
@@ -244,7 +245,8 @@ def test_compare_has_a_row_per_setting_and_times_plain_passes(small, tmp_path, c
 
 
 def test_compare_without_cfg_is_two_passes(small, tmp_path):
-    assert cli.main([*small, "--compare", "--guidance-scale", "1", "--execution", "serial"]) == 0
+    bitwise = ["--execution", "serial", "--kernels", "off"]
+    assert cli.main([*small, "--compare", "--guidance-scale", "1", *bitwise]) == 0
     data = json.loads((tmp_path / "clip.json").read_text())
     assert [run["label"].split("\n")[0] for run in data["runs"]] == ["no guidance", "STG 1"]
     assert (data["compare"]["passes"], data["compare"]["error"]) == (2, 0.0)

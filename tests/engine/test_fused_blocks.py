@@ -8,6 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
 from engine.tiny import latents_of, tiny_inputs, tiny_pipeline, tiny_transformer
 from peft import LoraConfig
+from stg_kernels import choose
 
 import stg_engine
 from stg_engine import Denoiser, Skip, STGConfig
@@ -23,10 +24,14 @@ def no_grad():
         yield
 
 
-@pytest.fixture(autouse=True)
-def everywhere(monkeypatch):
-    """Fused blocks also where this installation has no compiled kernels: the ops run their references there."""
-    monkeypatch.setattr(stg_kernels, "accelerates", lambda device: True)
+@pytest.fixture(autouse=True, params=["reference", "native"])
+def implementation(request, monkeypatch):
+    """What the ops run on a CPU; an installation without the compiled library has the references alone."""
+    if request.param == "native" and "cpu" not in stg_kernels.native_devices():
+        pytest.skip("stg_kernels._C was not built")
+    if request.param == "reference":
+        monkeypatch.setattr(choose, "native_devices", frozenset)
+        monkeypatch.setattr(stg_kernels, "accelerates", lambda device: True)
 
 
 def relative_error(actual, expected):
