@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Iterable
 from typing import Any
@@ -16,15 +15,19 @@ IMPLS = ("reference", "fused", "native")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def native_devices() -> frozenset[str]:
-    """Device types that the compiled library serves; empty if it was not built. A broken library raises."""
+def _load_native() -> frozenset[str]:
     if importlib.util.find_spec("stg_kernels._C") is None:
         return frozenset()
-    from stg_kernels import _C
-
-    torch.ops.load_library(_C.__file__)
+    _C = importlib.import_module("stg_kernels._C")  # importing registers the ops
     return frozenset(_C.DEVICES)
+
+
+_NATIVE = _load_native()
+
+
+def native_devices() -> frozenset[str]:
+    """Device types that the compiled library serves; empty if it was not built. A broken library raises on import."""
+    return _NATIVE
 
 
 def accelerates(device: torch.device) -> bool:
