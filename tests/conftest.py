@@ -4,6 +4,8 @@ import offline  # before anything of Hugging Face: they read the environment on 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels on CPU tensors; read when triton is imported, which diffusers may do
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
 
 

@@ -46,7 +46,8 @@ static double inverse_rms(const float *x, int count)
 static void check_residual_and_norm(const stg_cpu_pool *pool)
 {
     float *x = values(R * S * C), *y = values(R * S * C), *gate = values(2 * C), *scale = values(2 * C);
-    float *out = values(R * S * C), *norm_out = values(R * S * C), *norm_alone = values(R * S * C), *alone = values(R * S * C);
+    float *out = values(R * S * C), *norm_out = values(R * S * C);
+    float *alone = values(R * S * C), *norm_alone = values(R * S * C);
     const int64_t row_map[R] = {1, 0, 1};
     const bool pass_through[R] = {false, false, true};
 
