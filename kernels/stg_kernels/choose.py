@@ -38,7 +38,14 @@ def accelerates(device: torch.device) -> bool:
 
 
 def run(name: str, impl: str | None, device: torch.device, *arguments: Any) -> Any:
-    """Call op `name`. `impl=None`: Triton on CUDA; on CPU the compiled library, the reference where there is none."""
+    """Call op `name`. `impl=None`: Triton on CUDA; on CPU the compiled library, the reference where there is none.
+
+    float64, which only the reference has, goes there.
+    """
+    if arguments[0].dtype not in DTYPES:
+        if arguments[0].dtype != torch.float64 or impl not in (None, "reference"):
+            raise ValueError(f"{arguments[0].dtype} has no impl={impl!r}; use float32, bfloat16 or float16")
+        impl = "reference"
     if impl not in (None, *IMPLS):
         raise ValueError(f"impl={impl!r} is not allowed; choose one of None, {', '.join(map(repr, IMPLS))}")
     if impl == "native" and device.type not in native_devices():

@@ -69,6 +69,7 @@ Q = torch.ones(2, 3, 2, 4)
 ROWS, SCALES = torch.ones(3, 4, 8), torch.ones(3)
 WRONG = [
     (lambda: stg_kernels.norm_modulate(X.int()), ValueError, "x has dtype torch.int32; it must be a floating point"),
+    (lambda: stg_kernels.norm_modulate(X.double(), impl="fused"), ValueError, "float64 has no impl='fused'"),
     (lambda: stg_kernels.norm_modulate(X[0]), ValueError, r"x has shape \(3, 8\)"),
     (lambda: stg_kernels.norm_modulate([1.0]), TypeError, r"x=\[1.0\] is not allowed; it must be a tensor"),
     (
@@ -122,6 +123,12 @@ WRONG = [
 def test_wrong_arguments(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_float64_runs_the_reference():
+    x = X.double() * torch.arange(1, 9)
+    assert stg_kernels.norm_modulate(x).dtype == torch.float64
+    assert torch.equal(stg_kernels.norm_modulate(x), stg_kernels.norm_modulate(x, impl="reference"))
 
 
 def test_import_is_light():

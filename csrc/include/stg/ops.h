@@ -1,11 +1,12 @@
 /* The kernels of a guided diffusion step for C and C++ hosts, on the CPU and on CUDA. Needs neither torch nor Python.
  *
  * R rows, S tokens, C channels, N heads, D head size, B videos. `[R, S, C]` is a shape; the last dimension of every
- * tensor is contiguous. Outputs are contiguous and overlap no input. Arithmetic is float32 with one rounding at the end.
+ * tensor is contiguous. Outputs are contiguous and overlap no input. Arithmetic is float32 with one rounding at the
+ * end.
  *
  * No function allocates memory, waits for the device, or reads device memory on the host. Results are deterministic; a
  * row's bits depend on no other row, on no alignment and on no number of threads. Functions may be called from any
- * number of threads at once. Pointers need the alignment of their element; 16 bytes (rows too) is fastest.
+ * number of threads at once. Pointers need the alignment of their element; 16 bytes (lines too) is fastest on CUDA.
  *
  *     #include "stg/ops.h"
  *
@@ -58,9 +59,9 @@ typedef struct stg_tensor {
     int64_t strides[3]; /* in elements, of every dimension but the last; 0 repeats one entry along that dimension */
 } stg_tensor;
 
-/* The host's threads. parallel_for calls task(argument, begin, end) on ranges that cover [0, count) once, in any order, on
- * any threads, and returns when all are done; fewer than `grain` items are not worth a thread. NULL instead of a pool:
- * the calling thread does it all. */
+/* The host's threads. parallel_for calls task(argument, begin, end) on ranges that cover [0, count) once, in any order,
+ * on any threads, and returns when all are done; fewer than `grain` items are not worth a thread. NULL instead of a
+ * pool: the calling thread does it all. */
 typedef void (*stg_cpu_task)(void *argument, int64_t begin, int64_t end);
 
 typedef struct stg_cpu_pool {
@@ -132,7 +133,7 @@ typedef struct stg_combine_guidance_params {
     int64_t videos, elements, skips; /* B, elements of a video, skip branches */
     bool has_uncond, rescale, over_batch, cfg_star;
     stg_dtype dtype;     /* of rows */
-    const void *rows;    /* [K, B, elements] contiguous: uncond (if any), cond, skip branches; K = has_uncond + 1 + skips */
+    const void *rows;    /* [K, B, elements] contiguous: uncond (if any), cond, skips; K = has_uncond + 1 + skips */
     const float *scales; /* [2 + skips]: g, r, s_1, s_2, ...; read when the kernel runs */
     const void *latents; /* optional [B, elements] contiguous, out_dtype */
     const float *dt;     /* one value, read when the kernel runs; with latents and only then */
@@ -156,7 +157,8 @@ STG_API stg_status stg_cpu_combine_guidance_workspace(const stg_combine_guidance
  * row_map and pass_through too; `stream` is a cudaStream_t. */
 STG_API stg_status stg_cuda_norm_modulate(const stg_norm_modulate_params *params, void *stream);
 STG_API stg_status stg_cuda_residual_gate(const stg_residual_gate_params *params, void *stream);
-STG_API stg_status stg_cuda_residual_gate_norm_modulate(const stg_residual_gate_norm_modulate_params *params, void *stream);
+STG_API stg_status stg_cuda_residual_gate_norm_modulate(const stg_residual_gate_norm_modulate_params *params,
+                                                        void *stream);
 STG_API stg_status stg_cuda_qk_norm_rope(const stg_qk_norm_rope_params *params, void *stream);
 STG_API stg_status stg_cuda_combine_guidance(const stg_combine_guidance_params *params, void *stream);
 STG_API stg_status stg_cuda_combine_guidance_workspace(const stg_combine_guidance_params *params, size_t *size);
