@@ -44,9 +44,8 @@ class BuildNative(build_ext):
     """The C++ part by setuptools, the CUDA part by nvcc where there is one that matches torch's CUDA."""
 
     def run(self):
-        if self.inplace:  # an editable installation: a build that fails must not leave the last one behind
-            for extension in self.extensions:
-                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        for extension in self.extensions:  # a build that fails must not leave the last one behind
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, extension):

@@ -1,6 +1,6 @@
 """Every Triton kernel, in every form that a model launches, compiled for sm_80, sm_90 and sm_100 without a GPU.
 
-`python -m benchmarks.compile_kernels resources.csv` writes registers, stack, shared memory and the widest access of
+`python -m benchmarks.compile_kernels resources.csv` writes registers, stack, shared memory and access widths of
 each; a stack above 0 is a spill. Launchers run on tensors without memory and are overheard, so that what is compiled is
 what is launched.
 """
@@ -33,7 +33,7 @@ TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", t
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one compiled kernel: registers per thread, stack and shared memory in bytes, widest accesses in bits."""
+    """Of one compiled kernel: registers per thread, bytes of stack and shared memory, bits of its global accesses."""
 
     kernel: str
     form: str
@@ -42,8 +42,7 @@ class Resources:
     registers: int
     stack: int
     shared: int
-    load_bits: int
-    store_bits: int
+    widths: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,9 @@ def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
         ("layer", {"weight": weight, "bias": weight, "subtract_mean": True}),
     ):
         yield from overheard(norm, f"{form}, {words}", lambda o=options: norm.norm_modulate(x, **o))
+    keep = new(2, kind=torch.bool)
     yield from overheard(residual, f"{form}, gate", lambda: residual.residual_gate(x, x, vector))
+    yield from overheard(residual, f"{form}, passing", lambda: residual.residual_gate(x, x, None, None, keep))
     yield from overheard(
         residual,
         f"{form}, gate and norm",
@@ -114,6 +115,8 @@ def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
     for options in ({}, {"rescale": True}, {"rescale": True, "over_batch": True}, {"rescale": True, "cfg_star": True}):
         words = f"{form}, {', '.join(options) or 'plain'}"
         yield from overheard(combine, words, lambda o=options: combine.combine_guidance(rows, scales, True, **o))
+    euler = {"latents": new(2, 512, shape.latent), "dt": new(1, kind=torch.float32)}
+    yield from overheard(combine, f"{form}, Euler", lambda: combine.combine_guidance(rows, scales, True, **euler))
 
 
 def compiled(launch: Launch, target: int) -> Resources:
@@ -126,10 +129,8 @@ def compiled(launch: Launch, target: int) -> Resources:
     warps = launch.options["num_warps"]
     binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
     registers, stack = _usage(binary.asm["cubin"])
-    bits = (_widest("ld", binary.asm["ptx"]), _widest("st", binary.asm["ptx"]))
-    return Resources(
-        launch.kernel.__name__, launch.form, warps, target, registers, stack, binary.metadata.shared, *bits
-    )
+    shared, widths = binary.metadata.shared, " ".join(map(str, _widths(binary.asm["ptx"])))
+    return Resources(launch.kernel.__name__, launch.form, warps, target, registers, stack, shared, widths)
 
 
 def _type(value: Any) -> str:
@@ -138,10 +139,10 @@ def _type(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def _widest(operation: str, ptx: str) -> int:
-    """Bits of the widest global access: `ld.global.v4.b32` has 128."""
-    found = re.findall(rf"{operation}\.global(?:\.[a-zA-Z_:0-9]+)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
-    return max(int(count or 1) * int(width) for count, width in found)
+def _widths(ptx: str) -> list[int]:
+    """Bits of the global accesses, each width once: `ld.global.v4.b32` has 128."""
+    found = re.findall(r"(?:ld|st)\.global(?:\.[a-zA-Z_:0-9]+)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    return sorted({int(count or 1) * int(width) for count, width in found})
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

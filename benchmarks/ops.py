@@ -158,6 +158,10 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     shapes = [shape for shape in SHAPES if shape.model.startswith(options.models)]
+    if not shapes:
+        parser.error(f"--models {options.models!r} is none of {', '.join(shape.model for shape in SHAPES)}")
+    if min(options.rows) < 1:
+        parser.error(f"--rows {min(options.rows)} is not allowed; at least 1 (guidance is timed from 2 on)")
     if device.type == "cpu":
         small = [shape for shape in shapes if shape.channels <= CPU_CHANNELS]
         shapes = [

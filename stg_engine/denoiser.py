@@ -13,13 +13,14 @@ from stg_engine import guidance
 from stg_engine.config import StepGuidance, STGConfig, number
 from stg_engine.fused import Fusion
 from stg_engine.guard import refuse_compiled, refuse_in_guided_step
+from stg_engine.hooks import install, is_installed, remove
 from stg_engine.inputs import Inputs, all_rows, check_inputs
 from stg_engine.memo import Memo, fingerprint
 from stg_engine.models import ModelSpec, spec_of
 from stg_engine.once import OncePerPrompt, OncePerStep, PerRow, TimeEmbedding
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS
-from stg_engine.rows import BlockHook, Run, SelfAttentionHook, Slot, install, is_installed, remove
+from stg_engine.rows import BlockHook, Run, SelfAttentionHook, Slot
 
 EXECUTIONS = ("batched", "serial")
 KERNELS = ("auto", "off")
@@ -182,7 +183,7 @@ class Denoiser:
         try:
             prompt = [*cond.values(), *(() if uncond is None else uncond.values())]
             self.memo.keep_only(fingerprint(self._once_per_prompt()), _other_sources(self.spec, shared), prompt)
-            fused = self.fusion.forwards(self.blocks, shared[self.spec.latents[0]])
+            fused = self.fusion.forwards(self.transformer, self.blocks, shared[self.spec.latents[0]])
             self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused)
             rows = all_rows(self.spec, names, shared, cond, uncond, self.memo)
             outputs = forward(**rows, return_dict=False)

@@ -52,7 +52,8 @@ def describe() -> dict[str, str]:
 
     lines = {**versions(), "executable": sys.executable, "platform": platform.platform(), "processor": processor()}
     lines["torch threads"] = str(torch.get_num_threads())
-    lines["stg_kernels"] = f"compiled for {', '.join(sorted(native_devices())) or 'no device'}"
+    compiled = ", ".join(sorted(native_devices()))
+    lines["stg_kernels"] = f"compiled for {compiled}" if compiled else "not compiled: pip install --no-build-isolation"
     usable = "available" if torch.cuda.is_available() else "not available"
     lines["cuda"] = f"built for {torch.version.cuda or 'no CUDA'}, {usable}"
     lines["driver"] = _driver()

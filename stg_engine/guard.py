@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stg_engine.rows import EngineHook
+from stg_engine.hooks import EngineHook
 
 
 def refuse_compiled(transformer: nn.Module, blocks: Iterable[nn.Module]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stg_engine.hooks import signature_of
 from stg_engine.memo import Memo
 from stg_engine.models import ModelSpec
-from stg_engine.rows import signature_of
 
 Inputs = Mapping[str, Any]
 

@@ -72,7 +72,7 @@ def _root(tensor: Tensor) -> Tensor:
 
 def _identity(tensor: Tensor) -> Hashable:
     layout = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-    return (id(_root(tensor)), *layout, tensor._version)
+    return (id(_root(tensor)), tensor.data_ptr(), *layout, tensor._version)
 
 
 @dataclass(frozen=True)

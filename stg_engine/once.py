@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stg_engine.hooks import EngineHook
 from stg_engine.memo import Memo
-from stg_engine.rows import EngineHook, Slot, chunk_ranges, narrow
+from stg_engine.rows import Slot, chunk_ranges, narrow
 
 
 class OncePerPrompt(EngineHook):

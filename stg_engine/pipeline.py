@@ -19,10 +19,10 @@ from torch import nn
 
 from stg_engine.config import StepGuidance, STGConfig
 from stg_engine.denoiser import Denoiser
+from stg_engine.hooks import ArgumentHook, below_accelerate, hook_of, install, is_installed, remove
 from stg_engine.inputs import split_rows
 from stg_engine.plan import Plan, Plans
 from stg_engine.report import Report, new_report
-from stg_engine.rows import ArgumentHook, below_accelerate, hook_of, install, is_installed, remove
 
 PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
 HOOK_NAME = "stg_engine_pipeline"

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "media"},
     {"presets", "plan", "guidance", "memo"},
+    {"hooks"},
     {"rows"},
     {"models", "fused", "once", "guard"},
     {"inputs"},
@@ -39,12 +40,12 @@ STANDARD_LIBRARY_ONLY = {"config", "presets", "plan"}
 
 # name -> the only modules that may say it
 ONLY_IN = {
-    "HookRegistry": {"rows"},
-    "register_hook": {"rows"},
-    "remove_hook": {"rows"},
-    "ModelHook": {"rows"},
-    "EngineHook": {"rows", "once", "guard"},  # to subclass; only rows installs them
-    "ArgumentHook": {"rows", "pipeline"},
+    "HookRegistry": {"hooks"},
+    "register_hook": {"hooks"},
+    "remove_hook": {"hooks"},
+    "ModelHook": {"hooks"},
+    "EngineHook": {"hooks", "once", "guard"},  # to subclass; only denoiser and pipeline install them
+    "ArgumentHook": {"hooks", "rows", "pipeline"},
     "register_forward_hook": {"reference"},  # the oracle skips a block the way the published pipelines do
     "register_forward_pre_hook": {"reference"},
     "DiffusionPipeline": {"pipeline", "generate", "demo"},

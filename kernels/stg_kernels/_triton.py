@@ -44,13 +44,7 @@ def vector_length(*tensors: Tensor | None) -> int:
 
     A compile-time promise: strides are runtime arguments, so that no token or row count compiles anew.
     """
-    strides = (
-        stride
-        for tensor in tensors
-        if tensor is not None
-        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False)
-        if size > 1
-    )
+    strides = (stride for tensor in tensors if tensor is not None for stride in tensor.stride()[:-1])
     return 1 if any(stride % 8 for stride in strides) else 8
 
 
@@ -75,5 +69,7 @@ def check_device(x: Tensor) -> None:
 
 
 def pointer(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """An absent tensor's argument: any tensor will do, the kernel does not read it."""
-    return stand_in if tensor is None else tensor
+    """A kernel's argument; any tensor stands in for an absent one, which is not read. Vectors are made contiguous."""
+    if tensor is None:
+        return stand_in
+    return tensor.contiguous() if tensor.ndim == 1 else tensor

@@ -42,6 +42,8 @@ def run(name: str, impl: str | None, device: torch.device, *arguments: Any) -> A
 
     float64, which only the reference has, goes there.
     """
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        raise RuntimeError(f"{name} has no gradients; call it under torch.no_grad()")
     if arguments[0].dtype not in DTYPES:
         if arguments[0].dtype != torch.float64 or impl not in (None, "reference"):
             raise ValueError(f"{arguments[0].dtype} has no impl={impl!r}; use float32, bfloat16 or float16")
@@ -49,8 +51,11 @@ def run(name: str, impl: str | None, device: torch.device, *arguments: Any) -> A
     if impl not in (None, *IMPLS):
         raise ValueError(f"impl={impl!r} is not allowed; choose one of None, {', '.join(map(repr, IMPLS))}")
     if impl == "native" and device.type not in native_devices():
-        built = ", ".join(sorted(native_devices())) or "nothing"
-        raise RuntimeError(f"impl='native' is not there for {device.type}: the compiled library was built for {built}")
+        built = ", ".join(sorted(native_devices())) or "no device"
+        raise RuntimeError(
+            f"impl='native' is not there for {device.type}: stg_kernels._C was built for {built}; "
+            "pip install --no-build-isolation builds it where there are a compiler and torch"
+        )
     if impl == "native" or (impl is None and device.type == "cpu" and "cpu" in native_devices()):
         return getattr(torch.ops.stg, f"{name}_native")(*arguments)
     if impl is None:
@@ -84,13 +89,19 @@ def check_beside(x: Tensor, /, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; it must be 1")
 
 
+def check_eps(eps: float) -> None:
+    """`ValueError` unless eps is a finite number of at least 0."""
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps={eps} is not allowed; it must be a finite number of at least 0")
+
+
 def check_shape(name: str, tensor: Tensor | None, *allowed: Iterable[int]) -> None:
     """`ValueError` unless each dimension of the tensor has one of the allowed sizes."""
     if tensor is None:
         return
     sizes = tuple(tuple(sizes) for sizes in allowed)
     if tensor.ndim != len(sizes) or any(size not in ok for size, ok in zip(tensor.shape, sizes, strict=False)):
-        words = ", ".join(" or ".join(map(str, dict.fromkeys(ok))) for ok in sizes)
+        words = ", ".join(" or ".join(map(str, dict.fromkeys(ok))) or "any" for ok in sizes)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{words}]")
 
 
@@ -106,4 +117,8 @@ def check_row_map(row_map: Tensor | None, x: Tensor, **tables: Tensor | None) ->
     sizes = {tensor.shape[0] for tensor in tables.values() if tensor is not None and tensor.ndim > 0}
     if len(sizes) > 1:
         raise ValueError(f"{', '.join(tables)} have {sorted(sizes)} rows; with a row_map they must have equally many")
+    if row_map.device.type == "cpu" and row_map.numel() and sizes:  # elsewhere it would wait for the device
+        low, high = row_map.min().item(), row_map.max().item()
+        if low < 0 or high >= min(sizes):
+            raise ValueError(f"row_map holds {low} to {high}; its values must be 0 to {min(sizes) - 1}")
     return tuple(sizes)

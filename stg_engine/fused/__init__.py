@@ -14,7 +14,7 @@ from torch import Tensor, nn
 class Fusion:
     """Chooses between a block's fused forward and the module's own.
 
-    family   module of this package that has `supports(block)` and `forward(run, index, block, ...)`, or None
+    family   module of this package with `supports(transformer, block)` and `forward(run, index, block, ...)`, or None
     kernels  "auto" or "off"
     used     what the last choice was, in words; `is_on` is True if it was the fused forward in any block
     """
@@ -30,16 +30,18 @@ class Fusion:
             self._why_not = "stg_kernels is not installed"
         self._family = None if self._why_not else import_module(f"stg_engine.fused.{family}")
 
-    def forwards(self, blocks: Sequence[nn.Module], latents: Tensor) -> list[Any]:
+    def forwards(self, transformer: nn.Module, blocks: Sequence[nn.Module], latents: Tensor) -> list[Any]:
         """Per block its fused forward, or None for the module's own."""
         why_not = self._why_not or _unsuited(latents)
         if why_not or self._family is None:
             self.used, self.is_on = f"modules as they are: {why_not}", False
             return [None] * len(blocks)
-        forwards = [self._family.forward if self._family.supports(block) else None for block in blocks]
+        forwards = [self._family.forward if self._family.supports(transformer, block) else None for block in blocks]
         count = sum(forward is not None for forward in forwards)
         rest = "" if count == len(blocks) else ", the others have hooks or processors that it would pass by"
-        self.used, self.is_on = f"stg_kernels in {count} of {len(blocks)} blocks{rest}", count > 0
+        language = "Triton" if latents.device.type == "cuda" else "C++"
+        self.used = f"stg_kernels ({language}) in {count} of {len(blocks)} blocks{rest}"
+        self.is_on = count > 0
         return forwards
 
 
@@ -53,5 +55,5 @@ def _unsuited(latents: Tensor) -> str:
     if latents.dtype not in stg_kernels.DTYPES:
         return f"{latents.dtype} has no kernels"
     if not stg_kernels.accelerates(latents.device):
-        return f"this installation has no kernels for {latents.device.type}"
+        return f"this installation has no kernels for {latents.device.type} (README, On your pipeline)"
     return ""

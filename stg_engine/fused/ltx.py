@@ -12,22 +12,34 @@ import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.normalization import RMSNorm
-from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
+from diffusers.models.transformers.transformer_ltx import (
+    LTXAttention,
+    LTXVideoAttnProcessor,
+    LTXVideoRotaryPosEmbed,
+    LTXVideoTransformerBlock,
+)
 from stg_kernels import norm_modulate, qk_norm_rope, residual_gate, residual_gate_norm_modulate
 from torch import Tensor, nn
 
-from stg_engine.rows import Run, is_plain
+from stg_engine.hooks import is_plain, runs_own_forward
+from stg_engine.rows import Run
 
 
-def supports(block: Any) -> bool:
-    """True if nothing that the fused forward bypasses was changed: norms, attention processors, hooks on them."""
+def supports(transformer: Any, block: Any) -> bool:
+    """True if nothing that the fused forward bypasses or assumes was changed: classes, processors, hooks, forwards."""
+    if type(block) is not LTXVideoTransformerBlock or not runs_own_forward(block):
+        return False
     attentions = (block.attn1, block.attn2)
     norms = (block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q)
     return (
-        all(map(is_plain, (block.norm1, block.norm2, *attentions, *norms)))
+        all(map(is_plain, (transformer.rope, block.norm1, block.norm2, *attentions, *norms)))
+        and type(transformer.rope) is LTXVideoRotaryPosEmbed
         and all(type(norm) is RMSNorm for norm in (block.norm1, block.norm2))
         and all(type(norm) is nn.RMSNorm and norm.eps is not None for norm in norms)
+        and block.attn1.norm_q.eps == block.attn1.norm_k.eps
+        and all(type(attention) is LTXAttention for attention in attentions)
         and all(type(attention.processor) is LTXVideoAttnProcessor for attention in attentions)
+        and block.attn1.inner_dim % (2 * block.attn1.heads) == 0
     )
 
 
@@ -55,7 +67,7 @@ def forward(
     def self_attention(hidden_states: Tensor, row_map: Tensor | None) -> Tensor:
         attention = block.attn1
         q, k, v = (
-            project(hidden_states).unflatten(2, (attention.heads, -1))
+            project(hidden_states).contiguous().unflatten(2, (attention.heads, -1))
             for project in (attention.to_q, attention.to_k, attention.to_v)
         )
         q, k = qk_norm_rope(
@@ -72,7 +84,7 @@ def forward(
 
     def cross_attention(hidden_states: Tensor) -> Tensor:
         attention = block.attn2
-        q = attention.to_q(hidden_states)
+        q = attention.to_q(hidden_states).contiguous()
         q = norm_modulate(q, weight=attention.norm_q.weight, eps=attention.norm_q.eps)
         k = attention.norm_k(attention.to_k(encoder_hidden_states))
         v = attention.to_v(encoder_hidden_states)
@@ -126,13 +138,13 @@ def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
         parallel_config=processor._parallel_config,
     )
     projection, dropout = attention.to_out
-    return dropout(projection(out.flatten(2, 3).to(q.dtype)))
+    return dropout(projection(out.flatten(2, 3).to(q.dtype))).contiguous()
 
 
 def _feed_forward(ff: Any, x: Tensor) -> Tensor:
     gelu, *rest = ff.net
     if not (x.is_cuda and _has_epilogue(gelu) and is_plain(ff)):
-        return ff(x)
+        return ff(x).contiguous()
     projection = gelu.proj
     # cuBLASLt adds the bias and applies GELU-tanh before the first GEMM's result reaches memory.
     x = torch._addmm_activation(projection.bias, x.flatten(0, 1), projection.weight.t(), use_gelu=True).unflatten(
@@ -140,7 +152,7 @@ def _feed_forward(ff: Any, x: Tensor) -> Tensor:
     )
     for module in rest:
         x = module(x)
-    return x
+    return x.contiguous()
 
 
 def _has_epilogue(gelu: Any) -> bool:
@@ -148,6 +160,7 @@ def _has_epilogue(gelu: Any) -> bool:
         type(gelu) is GELU
         and gelu.approximate == "tanh"
         and type(gelu.proj) is nn.Linear
+        and type(gelu.proj.weight) is nn.Parameter  # a quantised weight is of a type of its own
         and gelu.proj.bias is not None
         and is_plain(gelu)
         and is_plain(gelu.proj)

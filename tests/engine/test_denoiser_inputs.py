@@ -15,7 +15,7 @@ from diffusers.hooks import (
 from engine.tiny import tiny_inputs, tiny_transformer
 from torch import nn
 
-from stg_engine import Denoiser, STGConfig, rows
+from stg_engine import Denoiser, STGConfig, hooks
 
 FIRST_BLOCK_CACHE = FirstBlockCacheConfig(threshold=0.1)
 
@@ -274,7 +274,7 @@ def test_a_failed_installation_leaves_no_hooks(monkeypatch):
     transformer = tiny_transformer()
     installed = []
 
-    def fail_late(module, hook, install=rows.install):
+    def fail_late(module, hook, install=hooks.install):
         installed.append(module)
         return 1 / 0 if len(installed) == 5 else install(module, hook)
 

@@ -5,7 +5,12 @@ from collections import defaultdict
 import pytest
 import stg_kernels
 import torch
-from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.transformers.transformer_ltx import (
+    LTXAttention,
+    LTXVideoAttnProcessor,
+    LTXVideoTransformerBlock,
+)
 from engine.tiny import latents_of, tiny_inputs, tiny_pipeline, tiny_transformer
 from peft import LoraConfig
 from stg_kernels import choose
@@ -50,7 +55,7 @@ def test_branches_equal_passes_run_alone(videos, per_token, with_uncond, max_row
     with Denoiser(transformer, EVERY_FORK, max_rows=max_rows) as denoiser:
         for _ in range(2):  # the second call takes prompt keys and values from the first
             actual = denoiser.branches(shared, cond, uncond)
-            assert denoiser.fusion.used == "stg_kernels in 4 of 4 blocks"
+            assert denoiser.fusion.used == "stg_kernels (C++) in 4 of 4 blocks"
             for name in expected:
                 assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
 
@@ -155,7 +160,63 @@ CHANGES = {
         with_kwargs=True,
     ),
     "norm_forward": lambda block: setattr(block.attn1.norm_q, "forward", lambda x: 2 * x),
+    "attention_forward": lambda block: setattr(block.attn1, "forward", doubled(block.attn1.forward)),
+    "block_forward": lambda block: setattr(block, "forward", doubled(block.forward)),
+    "block_hook": lambda block: HookRegistry.check_if_exists_or_initialize(block).register_hook(Doubling(), "other"),
+    "attention_class": lambda block: setattr(block.attn1, "__class__", Attention),
+    "block_class": lambda block: setattr(block, "__class__", Block),
+    "eps": lambda block: setattr(block.attn1.norm_k, "eps", 0.1),
 }
+
+
+def doubled(forward):
+    return lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+
+
+class Doubling(ModelHook):
+    def post_forward(self, module, output):
+        return 2 * output
+
+
+class Attention(LTXAttention):
+    def forward(self, *args, **kwargs):
+        return 2 * super().forward(*args, **kwargs)
+
+
+class Block(LTXVideoTransformerBlock):
+    def forward(self, *args, **kwargs):
+        return 2 * super().forward(*args, **kwargs)
+
+
+def test_a_forward_replaced_after_the_hooks_is_not_passed_by():
+    transformer, inputs = tiny_transformer(), tiny_inputs()
+    config = STGConfig(layers=(1,))
+    with Denoiser(transformer, config) as denoiser:
+        attention = transformer.transformer_blocks[2].attn1
+        hooked, attention.forward = attention.forward, doubled(attention.forward)
+        actual = denoiser.branches(*inputs)
+        attention.forward = hooked
+    CHANGES["attention_forward"](transformer.transformer_blocks[2])
+    expected = passes_one_by_one(transformer, config.skips, *inputs)
+    for name in expected:
+        assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
+
+
+def test_rope_tables_that_were_changed_are_not_assumed():
+    transformer, inputs = tiny_transformer(), tiny_inputs()
+    transformer.rope.register_forward_hook(
+        lambda module, args, tables: tuple(t + torch.rand_like(t[:1]) for t in tables)
+    )
+    with Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
+        denoiser.branches(*inputs)
+        assert not denoiser.fusion.is_on
+
+
+def test_odd_heads_run_as_modules():
+    transformer, inputs = tiny_transformer(heads=2, head_dim=9), tiny_inputs()
+    with Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
+        denoiser.branches(*inputs)
+        assert not denoiser.fusion.is_on
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -166,7 +227,7 @@ def test_a_block_with_a_change_that_would_be_passed_by_is_not_fused(change):
     expected = passes_one_by_one(transformer, config.skips, *inputs)
     with Denoiser(transformer, config) as denoiser:
         actual = denoiser.branches(*inputs)
-        assert denoiser.fusion.used.startswith("stg_kernels in 3 of 4 blocks")
+        assert denoiser.fusion.used.startswith("stg_kernels (C++) in 3 of 4 blocks")
     for name in expected:
         assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
 
@@ -196,5 +257,5 @@ def test_pipeline_and_report():
         assert "kernels    modules as they are" in str(engine.report())
     with stg_engine.attach(pipe, config) as engine:
         actual = latents_of(pipe, ["a red cat", "blue dog"])
-        assert "kernels    stg_kernels in 4 of 4 blocks" in str(engine.report())
+        assert "kernels    stg_kernels (C++) in 4 of 4 blocks" in str(engine.report())
     assert (actual - expected).norm() <= FP32_RELATIVE * expected.norm()

@@ -52,6 +52,18 @@ def test_norm_modulate(shape, dtype, strided, subtract_mean):
     check(norm_modulate, stg_kernels.norm_modulate, {"x": arguments["x"], "bias": new.normal(channels)}, eps=1e-2)
 
 
+def test_vectors_with_strides():
+    new = Inputs(torch.float32)
+    x, y, tables = new.normal(4, 3, 16), new.normal(4, 3, 16), new.normal(2, 1, 16)
+    row_map = torch.tensor([0, 0, 1, 0, 1, 1, 0, 0], device=DEVICE)[::2]
+    keep = torch.tensor([True, False, False, False, True, False, False, True], device=DEVICE)[::2]
+    check(residual_gate, stg_kernels.residual_gate, {"x": x, "y": y, "gate": tables, "row_map": row_map})
+    check(residual_gate, stg_kernels.residual_gate, {"x": x, "y": y, "pass_through": keep})
+    scales = torch.tensor([4.0, 99.0, 0.7, 99.0, 1.5, 99.0], device=DEVICE)[::2]
+    arguments = {"rows": new.normal(3, 5, 7), "scales": scales}
+    check(combine_guidance, stg_kernels.combine_guidance, arguments, has_uncond=True, rescale=True)
+
+
 def test_row_map():
     new = Inputs(torch.float32)
     x, row_map = new.normal(5, 3, 16), torch.tensor([1, 0, 1, 1, 0], device=DEVICE)

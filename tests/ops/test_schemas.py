@@ -70,6 +70,12 @@ ROWS, SCALES = torch.ones(3, 4, 8), torch.ones(3)
 WRONG = [
     (lambda: stg_kernels.norm_modulate(X.int()), ValueError, "x has dtype torch.int32; it must be a floating point"),
     (lambda: stg_kernels.norm_modulate(X.double(), impl="fused"), ValueError, "float64 has no impl='fused'"),
+    (lambda: stg_kernels.norm_modulate(X, eps=-1.0), ValueError, "eps=-1.0 is not allowed"),
+    (
+        lambda: stg_kernels.norm_modulate(X, X, row_map=torch.tensor([0, 9])),
+        ValueError,
+        "row_map holds 0 to 9; .* 0 to 1",
+    ),
     (lambda: stg_kernels.norm_modulate(X[0]), ValueError, r"x has shape \(3, 8\)"),
     (lambda: stg_kernels.norm_modulate([1.0]), TypeError, r"x=\[1.0\] is not allowed; it must be a tensor"),
     (
@@ -123,6 +129,27 @@ WRONG = [
 def test_wrong_arguments(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["norm_modulate", "residual_gate", "residual_gate_norm_modulate"])
+def test_results_are_contiguous(name):
+    x = torch.randn(3, 4, 16, device=DEVICE).transpose(0, 1)
+    call = (x,) if name == "norm_modulate" else (x, x)
+    torch.library.opcheck(getattr(torch.ops.stg, name).default, call, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_result_is_no_view_of_the_rows():
+    rows = torch.ones(1, 3, 8, device=DEVICE)
+    call = (rows, torch.ones(2, device=DEVICE), False)
+    torch.library.opcheck(torch.ops.stg.combine_guidance.default, call, test_utils=("test_schema",))
+
+
+def test_gradients_are_refused():
+    x = X.clone().requires_grad_()
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="norm_modulate has no gradients"):
+        stg_kernels.norm_modulate(x)
+    with torch.no_grad():
+        assert not stg_kernels.norm_modulate(x).requires_grad
 
 
 def test_float64_runs_the_reference():

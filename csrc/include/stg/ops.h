@@ -8,6 +8,7 @@
  * row's bits depend on no other row, on no alignment and on no number of threads. Functions may be called from any
  * number of threads at once. Pointers need the alignment of their element; 16 bytes (lines too) is fastest on CUDA.
  *
+ *     #include <stdio.h>
  *     #include "stg/ops.h"
  *
  *     int gated_residual(const void *x, const void *y, const void *gate, void *out, int64_t S, int64_t C, void *stream)
@@ -56,7 +57,8 @@ STG_API const char *stg_last_error(void);
 typedef struct stg_tensor {
     const void *data; /* NULL: absent, which only tensors called optional may be */
     stg_dtype dtype;
-    int64_t strides[3]; /* in elements, of every dimension but the last; 0 repeats one entry along that dimension */
+    int64_t strides[3]; /* in elements, of every dimension but the last ([R, S, C]: two of them; [C]: none);
+                           0 repeats one entry along that dimension */
 } stg_tensor;
 
 /* The host's threads. parallel_for calls task(argument, begin, end) on ranges that cover [0, count) once, in any order,
@@ -126,7 +128,7 @@ typedef struct stg_qk_norm_rope_params {
 } stg_qk_norm_rope_params;
 
 /* v = u + g (c - u) + sum_i s_i (c - p_i), without uncond c + sum_i s_i (c - p_i); out = v, or latents + dt v.
- * rescale:  v times r std(c) / std(v) + 1 - r, over each video, or over all of them if over_batch.
+ * rescale:  v times r std(c) / std(v) + 1 - r (std with N - 1), over each video, or over all of them if over_batch.
  * cfg_star: u is first multiplied by <c, u> / (|u|^2 + 1e-8) of its video. */
 typedef struct stg_combine_guidance_params {
     size_t struct_size;

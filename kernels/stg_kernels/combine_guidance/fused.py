@@ -135,7 +135,7 @@ def _video_moments(
         m2_u = tl.sum(tl.load(at + 7, inside, other=0.0) + n * from_u * from_u, axis=0)
         alpha = tl.sum(tl.load(at + 6, inside, other=0.0), axis=0) / (m2_u + total * mean_u * mean_u + 1e-8)
         b = (alpha - 1.0) * (1.0 - tl.load(scales_ptr))
-        m2_g += 2.0 * b * cov + b * b * m2_u
+        m2_g = tl.maximum(m2_g + 2.0 * b * cov + b * b * m2_u, 0.0)
         mean_g += b * mean_u
     return total, mean_g, m2_g, mean_c, m2_c, b
 
@@ -227,28 +227,30 @@ def combine_guidance(
     sizes = (elements, chunk, chunks, videos, skips)
     needs_moments = rescale or cfg_star
     moments = rows.new_empty((videos * chunks * MOMENTS) if needs_moments else 1, dtype=torch.float32)
-    if needs_moments:
-        _moments_kernel[(chunks, videos)](
-            rows, scales, moments, *sizes,
-            BLOCK=BLOCK, VEC=vec, HAS_UNCOND=has_uncond, CFG_STAR=cfg_star, MOMENTS=MOMENTS, num_warps=WARPS,
-        )  # fmt: skip
-    _combine_guidance_kernel[(triton.cdiv(elements, BLOCK), videos)](
-        rows,
-        scales,
-        moments,
-        pointer(latents, rows),
-        pointer(dt, rows),
-        out,
-        *sizes,
-        BLOCK=BLOCK,
-        CHUNKS=CHUNKS,
-        VEC=vec,
-        HAS_UNCOND=has_uncond,
-        RESCALE=rescale,
-        OVER_BATCH=over_batch,
-        CFG_STAR=cfg_star,
-        EULER=latents is not None,
-        MOMENTS=MOMENTS,
-        num_warps=WARPS,
-    )
+    scales = pointer(scales, rows)
+    with torch.cuda.device_of(rows):
+        if needs_moments:
+            _moments_kernel[(chunks, videos)](
+                rows, scales, moments, *sizes,
+                BLOCK=BLOCK, VEC=vec, HAS_UNCOND=has_uncond, CFG_STAR=cfg_star, MOMENTS=MOMENTS, num_warps=WARPS,
+            )  # fmt: skip
+        _combine_guidance_kernel[(triton.cdiv(elements, BLOCK), videos)](
+            rows,
+            scales,
+            moments,
+            pointer(latents, rows),
+            pointer(dt, rows),
+            out,
+            *sizes,
+            BLOCK=BLOCK,
+            CHUNKS=CHUNKS,
+            VEC=vec,
+            HAS_UNCOND=has_uncond,
+            RESCALE=rescale,
+            OVER_BATCH=over_batch,
+            CFG_STAR=cfg_star,
+            EULER=latents is not None,
+            MOMENTS=MOMENTS,
+            num_warps=WARPS,
+        )
     return out

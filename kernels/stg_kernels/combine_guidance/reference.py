@@ -24,7 +24,7 @@ def combine_guidance(
     g, r, *skip_scales = scales.to(compute).unbind()
     cond = predictions[int(has_uncond)]
     dims = tuple(range(1, cond.ndim))
-    out = cond
+    out = cond.clone()  # a result of its own, also where nothing is added
     if has_uncond:
         uncond = predictions[0]
         if cfg_star:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stg_kernels.choose import check_beside, check_row_map, check_shape, run
+from stg_kernels.choose import check_beside, check_eps, check_row_map, check_shape, run
 
 
 def norm_modulate(
@@ -27,7 +27,7 @@ def norm_modulate(
     x             [R, S, C] float32, bfloat16, float16; last dimension contiguous, any other strides
     scale, shift  [R or 1, S or 1, C], x's dtype or float32 (AdaLN, arXiv 2212.09748)
     weight, bias  [C], x's dtype or float32
-    row_map       int64 [R]: row r takes scale and shift from row row_map[r] of theirs, values in range unchecked
+    row_map       int64 [R]: row r takes scale and shift from row row_map[r] of theirs, values checked on the CPU alone
     impl          None: the best one for the device; "reference", "fused" (Triton), "native" (C++/CUDA)
 
     Returns [R, S, C] in x's dtype, contiguous. float32 arithmetic, one rounding at the end; deterministic.
@@ -39,6 +39,7 @@ def norm_modulate(
     rows = check_row_map(row_map, x, scale=scale, shift=shift)
     check_shape("scale", scale, rows, (tokens, 1), (channels,))
     check_shape("shift", shift, rows, (tokens, 1), (channels,))
+    check_eps(eps)
     check_shape("weight", weight, (channels,))
     check_shape("bias", bias, (channels,))
     return run("norm_modulate", impl, x.device, x, scale, shift, weight, bias, eps, subtract_mean, row_map)

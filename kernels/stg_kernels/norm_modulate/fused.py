@@ -71,28 +71,29 @@ def norm_modulate(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    _norm_modulate_kernel[(rows * tokens,)](
-        x,
-        out,
-        pointer(scale, x),
-        pointer(shift, x),
-        pointer(weight, x),
-        pointer(bias, x),
-        pointer(row_map, x),
-        eps,
-        tokens,
-        *x.stride()[:2],
-        *outer_strides(scale, 2),
-        *outer_strides(shift, 2),
-        C=channels,
-        BLOCK=triton.next_power_of_2(channels),
-        VEC=vector_length(x, out, scale, shift, weight, bias),
-        SUBTRACT_MEAN=subtract_mean,
-        HAS_SCALE=scale is not None,
-        HAS_SHIFT=shift is not None,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        HAS_ROW_MAP=row_map is not None,
-        num_warps=warps(channels),
-    )
+    with torch.cuda.device_of(x):
+        _norm_modulate_kernel[(rows * tokens,)](
+            x,
+            out,
+            pointer(scale, x),
+            pointer(shift, x),
+            pointer(weight, x),
+            pointer(bias, x),
+            pointer(row_map, x),
+            eps,
+            tokens,
+            *x.stride()[:2],
+            *outer_strides(scale, 2),
+            *outer_strides(shift, 2),
+            C=channels,
+            BLOCK=triton.next_power_of_2(channels),
+            VEC=vector_length(x, out, scale, shift, weight, bias),
+            SUBTRACT_MEAN=subtract_mean,
+            HAS_SCALE=scale is not None,
+            HAS_SHIFT=shift is not None,
+            HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None,
+            HAS_ROW_MAP=row_map is not None,
+            num_warps=warps(channels),
+        )
     return out

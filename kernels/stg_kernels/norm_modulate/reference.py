@@ -34,4 +34,4 @@ def norm_modulate(
         out = out * (1 + of_rows(scale))
     if shift is not None:
         out = out + of_rows(shift)
-    return out.to(x.dtype)
+    return out.to(x.dtype).contiguous()

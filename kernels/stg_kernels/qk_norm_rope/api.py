@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stg_kernels.choose import check_beside, check_row_map, check_shape, run
+from stg_kernels.choose import check_beside, check_eps, check_row_map, check_shape, run
+
+
+def _strides(table: Tensor) -> list[int]:
+    return [stride for stride, size in zip(table.stride(), table.shape, strict=True) if size > 1]
 
 
 def qk_norm_rope(
@@ -36,7 +40,7 @@ def qk_norm_rope(
     weights, biases [N * D], or [D] if per_head; q's dtype or float32
     cos, sin        float32 [R or 1, S, N or 1, D / 2], one value per pair, a token's values contiguous; both
                     or neither
-    row_map         int64 [R]: row r takes cos and sin from row row_map[r], values in range unchecked
+    row_map         int64 [R]: row r takes cos and sin from row row_map[r], values checked on the CPU alone
     impl            None: the best one for the device; "reference", "fused" (Triton), "native" (C++/CUDA)
 
     Returns (q, k), each [R, S, N, D] in its dtype, contiguous. float32 arithmetic, one rounding at the end;
@@ -51,6 +55,7 @@ def qk_norm_rope(
             raise ValueError(f"k is {k.dtype} {tuple(k.shape)}; it must be {q.dtype} {tuple(q.shape)}, as q")
         if heads > 1 and x.stride(2) != size:
             raise ValueError(f"{name} has stride {x.stride(2)} between heads; a token's heads must be adjacent, {size}")
+    check_eps(eps)
     normed = size if per_head else heads * size
     for name, vector in (("q_weight", q_weight), ("k_weight", k_weight), ("q_bias", q_bias), ("k_bias", k_bias)):
         check_shape(name, vector, (normed,))
@@ -64,7 +69,7 @@ def qk_norm_rope(
             continue
         check_beside(q, **{name: table})
         check_shape(name, table, rows, (tokens,), (heads, 1), (size // 2,))
-        if table.dtype != torch.float32 or table.stride() != cos.stride():
+        if table.dtype != torch.float32 or _strides(table) != _strides(cos):
             raise ValueError(
                 f"{name} is {table.dtype} with strides {table.stride()}; cos and sin must be float32 alike"
             )

@@ -46,4 +46,4 @@ def qk_norm_rope(
         return torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
 
     q_out, k_out = rotated(normed(q, q_weight, q_bias)), rotated(normed(k, k_weight, k_bias))
-    return q_out.to(q.dtype), k_out.to(k.dtype)
+    return q_out.to(q.dtype).contiguous(), k_out.to(k.dtype).contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stg_kernels.choose import check_beside, check_row_map, check_shape, run
+from stg_kernels.choose import check_beside, check_eps, check_row_map, check_shape, run
 
 
 def residual_gate(
@@ -21,7 +21,7 @@ def residual_gate(
 
     x, y          [R, S, C] float32, bfloat16, float16; last dimension contiguous, any other strides; one dtype
     gate          [R or 1, S or 1, C], x's dtype or float32; None is 1
-    row_map       int64 [R]: row r takes its gate from row row_map[r], values in range unchecked
+    row_map       int64 [R]: row r takes its gate from row row_map[r], values checked on the CPU alone
     pass_through  bool [R]
     impl          None: the best one for the device; "reference", "fused" (Triton), "native" (C++/CUDA)
 
@@ -59,6 +59,7 @@ def residual_gate_norm_modulate(
     rows = check_row_map(row_map, x, gate=gate, scale=scale, shift=shift)
     for name, tensor in (("gate", gate), ("scale", scale), ("shift", shift)):
         check_shape(name, tensor, rows, (tokens, 1), (channels,))
+    check_eps(eps)
     check_shape("weight", weight, (channels,))
     check_shape("bias", bias, (channels,))
     arguments = (x, y, gate, scale, shift, weight, bias, eps, subtract_mean, row_map, pass_through)

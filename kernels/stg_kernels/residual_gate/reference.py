@@ -21,7 +21,7 @@ def residual_gate(
     if gate is not None:
         change = (gate if row_map is None else gate[row_map]).to(compute) * change
     out = (x.to(compute) + change).to(x.dtype)
-    return out if pass_through is None else torch.where(pass_through[:, None, None], x, out)
+    return (out if pass_through is None else torch.where(pass_through[:, None, None], x, out)).contiguous()
 
 
 def residual_gate_norm_modulate(
