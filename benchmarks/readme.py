@@ -70,7 +70,24 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"plan": plan_picture, "cost": cost_table, "speed": speed_table}
+def ops_table() -> str:
+    """Each op with three rows: eager torch against the implementation that is used on the device."""
+    lines = ["| op | model | dtype | eager torch | stg_kernels | ratio | of copy speed | measured on |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    rows = [row for row in record.read(record.RESULTS / "ops.csv", record.OpRow) if row.rows == 3]
+    latest = {(row.op, row.model, row.dtype, row.device, row.threads, row.implementation): row for row in rows}
+    for key, row in latest.items():
+        eager = latest.get((*key[:-1], "eager"))
+        if row.implementation not in ("native", "fused") or eager is None:
+            continue
+        times = f"{eager.seconds * 1e3:.2f} ms | {row.seconds * 1e3:.2f} ms | {eager.seconds / row.seconds:.1f}x"
+        where = f"{row.device}, {row.threads} thread{'s' * (row.threads > 1)}, commit {row.commit}"
+        copy = f"{row.gb_per_second / row.copy_gb_per_second:.2f}"
+        lines.append(f"| `{row.op}` | {row.model} | {row.dtype} | {times} | {copy} | {where} |")
+    return "\n".join(lines)
+
+
+PARTS = {"plan": plan_picture, "cost": cost_table, "speed": speed_table, "ops": ops_table}
 
 
 def generated(text: str) -> str:

@@ -7,7 +7,7 @@ branch that a residual skip passes through; behind the last block all rows are b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -122,10 +122,13 @@ class Run:
         forward: Forward,
         arguments: dict[str, Any],
         carriers: Sequence[str] | None = None,
+        values_again: Callable[[Sequence[int]], Tensor] | None = None,
     ) -> Tensor:
         """Self-attention of the current rows: once for rows with equal input, V alone for rows that skip it.
 
-        carriers  the arguments with one entry per row, the input first; None: the module's, as the spec says
+        carriers      the arguments with one entry per row, the input first; None: the module's, as the spec says
+        values_again  what rows that skip get, from V of these rows of the last call of `forward`: at its fork a branch
+                      has the input, so the V, of the branch that it forks from
         """
         twins = self.plan.shared_attention(index)
         skipping = self.plan.skipping_attention(index)
@@ -144,7 +147,11 @@ class Run:
             for i, result in zip(missing, forward(**part).split(1), strict=True):
                 self._attended[owners[i]] = result
         if skipped:
-            values = self.spec.value_passthrough(module, select(arguments[carriers[0]], skipped))
+            parents = self._forked_from(index, skipped, [owners[i] for i in missing], twins)
+            if values_again is not None and parents is not None:
+                values = values_again(parents)
+            else:
+                values = self.spec.value_passthrough(module, select(arguments[carriers[0]], skipped))
             results = {self._current[i]: value for i, value in zip(skipped, values.split(1), strict=True)}
         return torch.cat(
             [
@@ -152,6 +159,23 @@ class Run:
                 for row, owner in zip(self._current, owners, strict=True)
             ]
         )
+
+    def _forked_from(
+        self, index: int, skipped: Sequence[int], computed: Sequence[Row], twins: Mapping[str, str]
+    ) -> list[int] | None:
+        """Per skipped row, where in `computed` the row stands that it equals up to here; None if one is not there."""
+        places = {row: place for place, row in enumerate(computed)}
+        parents = []
+        for i in skipped:
+            name, video = self._current[i]
+            fork = self.plan.forks.get(name)
+            if fork is None or fork.block != index:
+                return None
+            place = places.get((twins.get(fork.parent, fork.parent), video))
+            if place is None:
+                return None
+            parents.append(place)
+        return parents
 
     def _receive(self, index: int, streams: tuple[Tensor, ...]) -> None:
         for position, name in enumerate(self._live):

@@ -22,7 +22,7 @@ from stg_kernels import norm_modulate, qk_norm_rope, residual_gate, residual_gat
 from torch import Tensor, nn
 
 from stg_engine.hooks import is_plain, runs_own_forward
-from stg_engine.rows import Run
+from stg_engine.rows import Run, select
 
 
 def supports(transformer: Any, block: Any) -> bool:
@@ -64,12 +64,15 @@ def forward(
     shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.unbind(2)
     cos, sin = run.once("pairs", image_rotary_emb, lambda: _pairs(image_rotary_emb, block.attn1.heads))
 
+    values: list[Tensor] = []
+
     def self_attention(hidden_states: Tensor, row_map: Tensor | None) -> Tensor:
         attention = block.attn1
         q, k, v = (
             project(hidden_states).contiguous().unflatten(2, (attention.heads, -1))
             for project in (attention.to_q, attention.to_k, attention.to_v)
         )
+        values[:] = [v]
         q, k = qk_norm_rope(
             q,
             k,
@@ -98,7 +101,14 @@ def forward(
     x = hidden_states
     normed = _norm(block.norm1, x, scale_attn, shift_attn, row_map)
     arguments = {"hidden_states": normed, "row_map": row_map}
-    attended = run.self_attention(index, block.attn1, self_attention, arguments, carriers=tuple(arguments))
+    attended = run.self_attention(
+        index,
+        block.attn1,
+        self_attention,
+        arguments,
+        carriers=tuple(arguments),
+        values_again=lambda rows: _project_out(block.attn1, select(values[0], rows)),
+    )
     x = residual_gate(x, attended, gate_attn, row_map=row_map)
     norm = block.norm2
     x, normed = residual_gate_norm_modulate(
@@ -137,8 +147,12 @@ def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
         backend=processor._attention_backend,
         parallel_config=processor._parallel_config,
     )
+    return _project_out(attention, out.to(q.dtype))
+
+
+def _project_out(attention: Any, x: Tensor) -> Tensor:
     projection, dropout = attention.to_out
-    return dropout(projection(out.flatten(2, 3).to(q.dtype))).contiguous()
+    return dropout(projection(x.flatten(2, 3))).contiguous()
 
 
 def _feed_forward(ff: Any, x: Tensor) -> Tensor:

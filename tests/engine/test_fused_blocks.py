@@ -60,6 +60,18 @@ def test_branches_equal_passes_run_alone(videos, per_token, with_uncond, max_row
                 assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
 
 
+def test_a_row_that_skips_attention_takes_the_values_of_the_row_it_forks_from():
+    transformer, inputs = tiny_transformer(), tiny_inputs(2)
+    rows = []
+    for layer in (1, 2):
+        transformer.transformer_blocks[layer].attn1.to_v.register_forward_pre_hook(
+            lambda module, args: rows.append(len(args[0]))
+        )
+    with Denoiser(transformer, STGConfig(layers=(1, 2), mode="attention")) as denoiser:
+        denoiser.branches(*inputs)
+    assert rows == [4, 4, 2]  # at the fork uncond and cond; behind it the values of skip's own input, too
+
+
 @pytest.mark.parametrize("mode", ["residual", "attention"])
 @pytest.mark.parametrize("layers", [(0,), (3,), (1, 2)], ids=str)
 def test_modes_and_layers(layers, mode):
