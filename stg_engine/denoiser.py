@@ -239,7 +239,7 @@ class Denoiser:
 
     def _device_scales(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         if (values, device) not in self._scales:
-            self._scales = {(values, device): torch.tensor(values, device=device)}
+            self._scales = {(values, device): torch.tensor(values, dtype=torch.float32, device=device)}
         return self._scales[values, device]
 
     def _note_differences(self, step: StepGuidance, names: tuple[str, ...], rows: Tensor) -> None:

@@ -15,7 +15,12 @@ HOOK_NAME = "stg_engine"
 
 
 class EngineHook(ModelHook):
-    """A hook of this package. It cannot be copied: a copy of a hooked module would run the original's weights."""
+    """A hook of this package. It cannot be copied: a copy of a hooked module would run the original's weights.
+
+    installed  the forward that `install` put on the module
+    """
+
+    installed: Any = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("stg_engine is on this transformer; detach it before you copy or pickle the transformer")

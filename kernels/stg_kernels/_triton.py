@@ -39,6 +39,35 @@ def normalize(
     return x
 
 
+@triton.jit
+def modulate(
+    x,
+    columns,
+    mask,
+    row,
+    token,
+    scale_ptr,
+    shift_ptr,
+    row_map_ptr,
+    scale_row,
+    scale_token,
+    shift_row,
+    shift_token,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_ROW_MAP: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """`x (1 + scale) + shift` of one token, float32."""
+    if HAS_SCALE:
+        offset = table_offset(row, token, row_map_ptr, scale_row, scale_token, HAS_ROW_MAP, VEC)
+        x = x * (1.0 + tl.load(scale_ptr + offset + columns, mask, other=0.0).to(tl.float32))
+    if HAS_SHIFT:
+        offset = table_offset(row, token, row_map_ptr, shift_row, shift_token, HAS_ROW_MAP, VEC)
+        x = x + tl.load(shift_ptr + offset + columns, mask, other=0.0).to(tl.float32)
+    return x
+
+
 def vector_length(*tensors: Tensor | None) -> int:
     """Elements that divide the offset of every vector in these tensors: 8, a 16-byte access of bfloat16, or 1.
 

@@ -261,6 +261,20 @@ def test_why_not():
         assert used(lambda d: d.branches(*inputs)) == "modules as they are: autocast is on"
 
 
+def test_another_default_dtype():
+    transformer, inputs = tiny_transformer(), tiny_inputs()
+    with Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
+        expected = denoiser(*inputs, guidance_scale=3.0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
+            actual = denoiser(*inputs, guidance_scale=3.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    # RoPE's coordinates and time embedding may be rounded otherwise; the dtype of the scales must not raise.
+    assert relative_error(actual, expected) <= FP32_RELATIVE
+
+
 def test_pipeline_and_report():
     plain, pipe = tiny_pipeline(), tiny_pipeline()
     config = STGConfig(layers=(2,), scale=1.5, rescale=0.5)

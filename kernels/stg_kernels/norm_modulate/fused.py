@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stg_kernels._triton import check_device, normalize, outer_strides, pointer, table_offset, vector_length, warps
+from stg_kernels._triton import check_device, modulate, normalize, outer_strides, pointer, vector_length, warps
 
 RUNTIME_SIZES = ["tokens", "x_row", "x_token", "scale_row", "scale_token", "shift_row", "shift_token"]
 
@@ -46,12 +46,10 @@ def _norm_modulate_kernel(
     x_offset = tl.multiple_of(row * x_row + token * x_token, VEC)
     x = tl.load(x_ptr + x_offset + columns, mask, other=0.0).to(tl.float32)
     x = normalize(x, columns, mask, weight_ptr, bias_ptr, eps, C, SUBTRACT_MEAN, HAS_WEIGHT, HAS_BIAS)
-    if HAS_SCALE:
-        offset = table_offset(row, token, row_map_ptr, scale_row, scale_token, HAS_ROW_MAP, VEC)
-        x = x * (1.0 + tl.load(scale_ptr + offset + columns, mask, other=0.0).to(tl.float32))
-    if HAS_SHIFT:
-        offset = table_offset(row, token, row_map_ptr, shift_row, shift_token, HAS_ROW_MAP, VEC)
-        x = x + tl.load(shift_ptr + offset + columns, mask, other=0.0).to(tl.float32)
+    x = modulate(
+        x, columns, mask, row, token, scale_ptr, shift_ptr, row_map_ptr, scale_row, scale_token, shift_row, shift_token,
+        HAS_SCALE, HAS_SHIFT, HAS_ROW_MAP, VEC,
+    )  # fmt: skip
     tl.store(out_ptr + index * C + columns, x.to(out_ptr.dtype.element_ty), mask)
 
 

@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stg_kernels._triton import check_device, normalize, outer_strides, pointer, table_offset, vector_length, warps
+from stg_kernels._triton import (
+    check_device,
+    modulate,
+    normalize,
+    outer_strides,
+    pointer,
+    table_offset,
+    vector_length,
+    warps,
+)
 
 RUNTIME_SIZES = [
     "tokens", "x_row", "x_token", "y_row", "y_token", "gate_row", "gate_token", "scale_row", "scale_token",
@@ -71,12 +80,10 @@ def _residual_gate_kernel(
         norm = normalize(
             out.to(tl.float32), columns, mask, weight_ptr, bias_ptr, eps, C, SUBTRACT_MEAN, HAS_WEIGHT, HAS_BIAS
         )
-        if HAS_SCALE:
-            offset = table_offset(row, token, row_map_ptr, scale_row, scale_token, HAS_ROW_MAP, VEC)
-            norm = norm * (1.0 + tl.load(scale_ptr + offset + columns, mask, other=0.0).to(tl.float32))
-        if HAS_SHIFT:
-            offset = table_offset(row, token, row_map_ptr, shift_row, shift_token, HAS_ROW_MAP, VEC)
-            norm = norm + tl.load(shift_ptr + offset + columns, mask, other=0.0).to(tl.float32)
+        norm = modulate(
+            norm, columns, mask, row, token, scale_ptr, shift_ptr, row_map_ptr,
+            scale_row, scale_token, shift_row, shift_token, HAS_SCALE, HAS_SHIFT, HAS_ROW_MAP, VEC,
+        )  # fmt: skip
         tl.store(norm_ptr + index * C + columns, norm.to(norm_ptr.dtype.element_ty), mask)
 
 
