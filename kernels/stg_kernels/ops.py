@@ -1,7 +1,7 @@
 """Schemas of namespace `stg`, and what each op returns: shapes and dtypes for tracing. Needs torch alone.
 
 Two ops per kernel, one schema: `stg::<op>` runs the reference on CPU tensors and Triton on CUDA tensors,
-`stg::<op>_native` runs csrc on both and is there once `stg_kernels._C` is loaded.
+`stg::<op>_native` runs csrc on both and is there once `stg_kernels._C` is loaded. `stg::branch_attention` dispatches.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ SCHEMAS = {
         "Tensor? cos=None, Tensor? sin=None, float eps=1e-6, bool per_head=False, bool subtract_mean=False, "
         "bool interleaved=True, Tensor? row_map=None) -> (Tensor, Tensor)"
     ),
+    "branch_attention": (
+        "(Tensor q, Tensor k, Tensor v, int[]? kv_rows=None, Tensor? key_lengths=None, int[]? value_rows=None, "
+        "int[]? own_key_rows=None, int[]? text=None, float? scale=None, str? backend=None) -> Tensor"
+    ),
 }
 
 
@@ -56,9 +60,15 @@ FAKES = {
     "residual_gate": lambda x, *_, **__: _like(x),
     "residual_gate_norm_modulate": lambda x, *_, **__: (_like(x), _like(x)),
     "qk_norm_rope": lambda q, k, *_, **__: (_like(q), _like(k)),
+    "branch_attention": lambda q, *_, **__: _like(q),
 }
 
-FOLDERS = {name: name for name in SCHEMAS} | {"residual_gate_norm_modulate": "residual_gate"}
+FOLDERS = {name: name for name in SCHEMAS} | {
+    "residual_gate_norm_modulate": "residual_gate",
+    "branch_attention": "attention",
+}
+DISPATCHED = {"branch_attention"}
+"""Ops that choose among libraries themselves."""
 
 
 def _implementation(name: str, kind: str) -> Any:
@@ -71,8 +81,8 @@ def _implementation(name: str, kind: str) -> Any:
 
 _library = torch.library.Library("stg", "DEF")
 for _name, _schema in SCHEMAS.items():
-    for _op in (_name, f"{_name}_native"):
+    for _op in (_name,) if _name in DISPATCHED else (_name, f"{_name}_native"):
         _library.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"stg::{_op}", FAKES[_name], lib=_library)
-    _library.impl(_name, _implementation(_name, "reference"), "CPU")
-    _library.impl(_name, _implementation(_name, "fused"), "CUDA")
+    for _device, _kind in (("CPU", "reference"), ("CUDA", "fused")):
+        _library.impl(_name, _implementation(_name, "dispatch" if _name in DISPATCHED else _kind), _device)

@@ -1,0 +1,178 @@
+"""Which backend runs a part: the pinned one, the one that was measured fastest for its kind, else the first that can.
+
+Measuring happens only inside `tuning()`, once per kind, and is kept in a file, so that no request pays for it.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from stg_kernels.attention import reference
+from stg_kernels.attention.backends import Backend, backends, spread
+from stg_kernels.attention.choices import Choice, Choices, Kind, kind_of
+from stg_kernels.attention.parts import Part, split
+
+REPEATS, SAMPLED_SCORES = 20, 2**26
+
+choices = Choices()
+_ran: dict[Kind, str] = {}
+_is_tuning = False
+
+
+def branch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_rows: Sequence[int] | None = None,
+    key_lengths: Tensor | None = None,
+    value_rows: Sequence[int] | None = None,
+    own_key_rows: Sequence[int] | None = None,
+    text: Sequence[int] | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """See `stg_kernels.branch_attention`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    parts = list(split(q, k, v, kv_rows, key_lengths, value_rows or (), own_key_rows or (), text, scale))
+    if len(parts) == 1 and isinstance(parts[0][2], Part):
+        return run(parts[0][2], backend).contiguous()
+    out = q.new_empty(q.shape)
+    for rows, queries, part in parts:
+        out[rows, queries] = run(part, backend) if isinstance(part, Part) else part
+    return out
+
+
+def run(part: Part, name: str | None = None) -> Tensor:
+    """A part by the pinned or chosen backend, which `used()` names from then on."""
+    if part.q.numel() == 0 or part.k.numel() == 0:
+        return reference.attention(part)
+    kind = kind_of(part)
+    backend = choose(part, kind, name or os.environ.get("STG_ATTENTION"))
+    result = backend.run(part)
+    if kind not in _ran or _ran[kind].split(" ")[0] != backend.name:
+        _ran[kind] = f"{backend.name}{_picked_by_torch(backend, part)}"
+    return result
+
+
+def choose(part: Part, kind: Kind, pinned: str | None) -> Backend:
+    """Raises `ValueError` for a pinned name that is none, `RuntimeError` if none of that name can run the part."""
+    if pinned:
+        return _pinned(part, pinned)
+    choice = choices.get(kind)
+    if choice is None and _is_tuning:
+        choice = tune(part)
+        choices.put(kind, choice)
+    if choice is not None:
+        for backend in backends():
+            if backend.name == choice.backend and not backend.why_not(part):
+                return backend
+    return next(backend for backend in backends() if backend.is_exact and not backend.why_not(part))
+
+
+def _pinned(part: Part, pinned: str) -> Backend:
+    named = [backend for backend in backends() if pinned in (backend.name, backend.name.split("/")[0])]
+    if not named:
+        names = ", ".join(dict.fromkeys(name for b in backends() for name in (b.name.split("/")[0], b.name)))
+        raise ValueError(f"attention backend {pinned!r} is not allowed; choose one of {names}")
+    if part.own_k is not None:  # no library has them, so that its name says nothing of such rows
+        named += [backend for backend in backends() if backend.name.startswith(("triton/", "torch"))]
+    reasons = {backend.name: backend.why_not(part) for backend in named}
+    for backend in named:
+        if not reasons[backend.name]:
+            return backend
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise RuntimeError(f"attention backend {pinned!r} cannot run {kind_of(part)}: {why}")
+
+
+@contextmanager
+def tuning() -> Iterator[None]:
+    """Measure every kind of attention that runs inside and has no choice yet, and keep the choices in a file.
+
+    The file is `$STG_ATTENTION_CACHE`, else stg_engine/attention.json in the user's cache folder. A kind is device,
+    dtype, heads, head size, row features, and token counts in powers of 2. Not for use from several threads.
+    """
+    global _is_tuning
+    before, _is_tuning = _is_tuning, True
+    try:
+        yield
+    finally:
+        _is_tuning = before
+
+
+def tune(part: Part) -> Choice:
+    """Time every exact backend on this part, refuse those that are less exact than the budget, keep the fastest."""
+    candidates = [backend for backend in backends() if backend.is_exact and backend.name != "torch"]
+    refused = {backend.name: reason for backend in candidates if (reason := backend.why_not(part))}
+    candidates = [backend for backend in candidates if backend.name not in refused]
+    if len(candidates) > 1:
+        sample = _Sample(part)
+        for backend in list(candidates):
+            try:
+                reason = sample.why_not(backend.run(part))
+            except Exception as error:  # a library's own refusal, of whatever kind, is no reason to stop
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            if reason:
+                refused[backend.name] = reason
+                candidates.remove(backend)
+    seconds = {b.name: measure(partial(b.run, part), part.q.device) for b in candidates} if len(candidates) > 1 else {}
+    fastest = min(seconds, key=seconds.__getitem__) if seconds else (candidates or backends()[-1:])[0].name
+    return Choice(fastest, seconds, refused)
+
+
+class _Sample:
+    """Some queries of every row and head, in float64, and how exact plain torch is there in the part's dtype."""
+
+    def __init__(self, part: Part) -> None:
+        rows, queries, heads, _ = part.q.shape
+        count = max(1, min(queries, SAMPLED_SCORES // (rows * heads * part.k.shape[1])))
+        self.at = torch.linspace(0, queries - 1, count, device=part.q.device).long()
+        part = replace(part, q=part.q[:, self.at])
+        if part.own_k is not None and part.own_v is not None:
+            part = replace(part, own_k=part.own_k[:, self.at], own_v=part.own_v[:, self.at])
+        wide = {name: x.double() for name, x in vars(part).items() if isinstance(x, Tensor) and x.is_floating_point()}
+        self.exact = reference.attention(replace(part, **wide))
+        plain = (reference.attention(part, low_precision=True).double() - self.exact).abs().max()
+        rounding = torch.finfo(part.q.dtype).eps / 2 * self.exact.abs().max()
+        self.budget = 2 * (plain + rounding).item()
+
+    def why_not(self, result: Tensor) -> str:
+        error = (result[:, self.at].double() - self.exact).abs().max().item()
+        return "" if error <= self.budget else f"error {error:.2e}, allowed {self.budget:.2e}"
+
+
+def measure(call: Any, device: torch.device) -> float:
+    """Median seconds of a call, on a device that is warm."""
+    call()
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(call, warmup=25, rep=100, return_mode="median") / 1e3
+    from torch.utils.benchmark import Timer
+
+    return statistics.median(Timer("call()", globals={"call": call}).repeat(REPEATS, 1))
+
+
+def used() -> dict[str, str]:
+    """Per kind of attention that ran in this process, the backend that ran last; "measured" if it was chosen so."""
+    names = {kind: choice.backend for kind, choice in choices.all().items()}
+    return {
+        str(kind): f"{ran}, measured" if names.get(kind) == ran.split(" ")[0] else ran for kind, ran in _ran.items()
+    }
+
+
+def _picked_by_torch(backend: Backend, part: Part) -> str:
+    """SDPA's own pick, where it picks: " (flash)"."""
+    if backend.name != "sdpa" or not part.q.is_cuda or part.key_lengths is not None:
+        return ""
+    picked = torch._fused_sdp_choice(*(x.transpose(1, 2) for x in spread(part)), scale=part.scale)
+    return f" ({SDPBackend(picked).name.removesuffix('_ATTENTION').lower()})"
