@@ -8,14 +8,27 @@ from stg_engine.config import ScheduleEntry, Skip, STGConfig, STGSchedule
 from stg_engine.plan import Plan
 
 if TYPE_CHECKING:
+    from stg_kernels.attention.dispatch import tuning
+
     from stg_engine.denoiser import Denoiser
     from stg_engine.pipeline import Engine, attach, detach
 
 __version__ = "0.1.0"
-__all__ = ["Denoiser", "Engine", "Plan", "STGConfig", "STGSchedule", "ScheduleEntry", "Skip", "attach", "detach"]
+__all__ = [
+    "Denoiser",
+    "Engine",
+    "Plan",
+    "STGConfig",
+    "STGSchedule",
+    "ScheduleEntry",
+    "Skip",
+    "attach",
+    "detach",
+    "tuning",
+]
 
 _PIPELINE = dict.fromkeys(("Engine", "attach", "detach"), "stg_engine.pipeline")
-_LAZY = {"Denoiser": "stg_engine.denoiser", **_PIPELINE}
+_LAZY = {"Denoiser": "stg_engine.denoiser", "tuning": "stg_kernels.attention.dispatch", **_PIPELINE}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from stg_engine.config import StepGuidance, STGConfig, number
 from stg_engine.fused import Fusion
 from stg_engine.guard import refuse_compiled, refuse_in_guided_step
 from stg_engine.hooks import install, is_installed, remove
-from stg_engine.inputs import Inputs, all_rows, check_inputs
+from stg_engine.inputs import Inputs, all_rows, check_inputs, key_lengths
 from stg_engine.memo import Memo, fingerprint
 from stg_engine.models import ModelSpec, spec_of
 from stg_engine.once import OncePerPrompt, OncePerStep, PerRow, TimeEmbedding
@@ -184,8 +184,9 @@ class Denoiser:
             prompt = [*cond.values(), *(() if uncond is None else uncond.values())]
             self.memo.keep_only(fingerprint(self._once_per_prompt()), _other_sources(self.spec, shared), prompt)
             fused = self.fusion.forwards(self.transformer, self.blocks, shared[self.spec.latents[0]])
-            self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused)
             rows = all_rows(self.spec, names, shared, cond, uncond, self.memo)
+            lengths = self._key_lengths(rows) if any(fused) else {}
+            self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused, **lengths)
             outputs = forward(**rows, return_dict=False)
         except BaseException:
             self.release()
@@ -236,6 +237,18 @@ class Denoiser:
             rescale_over=self.config.rescale_over,
             arithmetic=self.config.arithmetic,
         ).to(dtype)
+
+    def _key_lengths(self, rows: Inputs) -> dict[str, Any]:
+        """Prompt lengths instead of a mask, where the mask says no more: `Run`'s `lengths` and `is_padded`."""
+        mask = None if self.spec.prompt_mask is None else rows.get(self.spec.prompt_mask)
+        if mask is None:
+            return {"is_padded": False}
+        lengths = self.memo.get("lengths", (mask,), lambda: key_lengths(mask))
+        if not lengths.numel():
+            return {}
+        if lengths.min() == mask.shape[1]:
+            return {"is_padded": False}
+        return {"lengths": self.memo.get("lengths there", (mask,), lambda: lengths.to(mask.device))}
 
     def _device_scales(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         if (values, device) not in self._scales:

@@ -65,6 +65,7 @@ def describe() -> dict[str, str]:
         )
     lines["attention (torch)"] = _attention_priority()
     lines["attention (diffusers)"] = os.environ.get("DIFFUSERS_ATTN_BACKEND", "native (default)")
+    lines["attention (stg_kernels)"] = _attention_choices()
     lines["environment"] = ", ".join(f"{name}={value}" for name, value in variables().items()) or "nothing relevant set"
     return lines
 
@@ -84,6 +85,15 @@ def _attention_priority() -> str:
     order = getattr(torch._C, "_get_sdp_priority_order", None)  # private, and the only place that knows the order
     backends = [SDPBackend(i) for i in order()] if order else list(on)
     return " > ".join(f"{b.name.lower()}{'' if on[b] else ' (off)'}" for b in backends if b in on)
+
+
+def _attention_choices() -> str:
+    """The pinned backend, or how many choices were measured, and the file that holds them."""
+    from stg_kernels.attention.choices import Choices, file
+
+    if "STG_ATTENTION" in os.environ:
+        return f"STG_ATTENTION={os.environ['STG_ATTENTION']}"
+    return f"{len(Choices().all())} measured, in {file()}"
 
 
 def _driver() -> str:

@@ -179,6 +179,7 @@ class Engine:
         denoiser, device = self.denoiser, self.pipe._execution_device
         self._report = new_report(denoiser, denoiser.plans(self.pipe.guidance_scale), device)
         self._steps, denoiser.differences = self._plan_steps(), {}
+        denoiser.fusion.forget_attention()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
@@ -188,6 +189,7 @@ class Engine:
                 torch.cuda.synchronize(device)
                 self._report.peak_bytes = torch.cuda.max_memory_allocated(device)
             self._report.kernels = denoiser.fusion.used
+            self._report.attention = denoiser.fusion.attention() or self._report.attention
             self._report.seconds = time.perf_counter() - began
             self._report.differences = {name: value.item() for name, value in denoiser.differences.items()}
         finally:

@@ -15,6 +15,7 @@ from stg_engine.plan import Plan, Plans
 class Report:
     """Of one denoising loop. `str()` of it is for people.
 
+    attention     per kind of attention the backend that fused blocks ran; without such blocks diffusers' backend
     guided_steps  steps with skip branches; the others are plain diffusers
     seconds       wall clock of the loop, the device waited for at its end
     peak_bytes    largest memory allocated on the CUDA device since the loop began, None elsewhere
@@ -26,7 +27,7 @@ class Report:
     plan: Plan | Plans
     execution: str
     kernels: str
-    attention: str
+    attention: tuple[str, ...]
     device: str
     dtype: str
     steps: int = 0
@@ -42,7 +43,8 @@ class Report:
         lines.append(f"model      {self.family}, {self.dtype} on {self.device}")
         lines.append(f"steps      {self.steps}, {self.guided_steps} with skip branches; {self.seconds:.3g} s{per_step}")
         lines.append(f"execution  {self.execution}")
-        lines.append(f"kernels    {self.kernels}; attention: {self.attention}")
+        lines.append(f"kernels    {self.kernels}")
+        lines += [f"attention  {line}" for line in self.attention]
         if self.peak_bytes is not None:
             lines.append(f"memory     {self.peak_bytes / 2**20:.0f} MiB at the peak")
         if self.note:
@@ -70,7 +72,7 @@ def new_report(denoiser: Any, plan: Plan | Plans, device: torch.device) -> Repor
         plan=plan,
         execution=denoiser.execution if denoiser.max_rows in (None, 1) else f"at most {denoiser.max_rows} rows at once",
         kernels=denoiser.fusion.used,
-        attention=attention_backend(denoiser.blocks[0].get_submodule(denoiser.spec.self_attention)),
+        attention=(attention_backend(denoiser.blocks[0].get_submodule(denoiser.spec.self_attention)),),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         dtype=str(denoiser.transformer.dtype).removeprefix("torch."),
     )

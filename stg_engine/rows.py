@@ -39,6 +39,8 @@ class Run:
     max_rows   rows that a module gets at once; None: all of them
     memo       keeps rows selected from what depends on the prompt alone
     fused      per block: its forward built from `stg_kernels`, or None for the module's own
+    lengths    tokens of each row's prompt, int32 [K * B] on the device, or None where the mask has to say it
+    is_padded  False if no prompt has padding
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class Run:
         max_rows: int | None,
         memo: Memo,
         fused: Sequence[Forward | None],
+        lengths: Tensor | None = None,
+        is_padded: bool = True,
     ) -> None:
         self.plan, self.spec, self.videos, self.max_rows, self.memo = plan, spec, videos, max_rows, memo
-        self.fused = fused
+        self.fused, self.lengths, self.is_padded = fused, lengths, is_padded
         self.names = tuple(branch.name for branch in plan.branches)
         self._live = self.names
         self._states: dict[str, tuple[tuple[Tensor, ...], int]] = {}
@@ -73,6 +77,9 @@ class Run:
         carriers = tuple(name for name in self.spec.block_rows if name not in per_video)
         for name in per_video:
             arguments[name] = self._one_per_video(arguments.get(name))
+        if fused is not None:
+            arguments["key_lengths"] = self.lengths
+            carriers += ("key_lengths",)
         for name in carriers:
             arguments[name] = self._take(arguments.get(name), names)
         arguments.update(zip(self.spec.streams, inputs, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -29,6 +30,16 @@ class Fusion:
         elif find_spec("stg_kernels") is None:
             self._why_not = "stg_kernels is not installed"
         self._family = None if self._why_not else import_module(f"stg_engine.fused.{family}")
+
+    def attention(self) -> tuple[str, ...]:
+        """Per kind of attention, the backend that fused blocks ran since `forget_attention`, in this process."""
+        dispatch = sys.modules.get("stg_kernels.attention.dispatch")
+        return () if dispatch is None else tuple(f"{kind}: {backend}" for kind, backend in dispatch.used().items())
+
+    def forget_attention(self) -> None:
+        dispatch = sys.modules.get("stg_kernels.attention.dispatch")
+        if dispatch is not None:
+            dispatch.forget_used()
 
     def forwards(self, transformer: nn.Module, blocks: Sequence[nn.Module], latents: Tensor) -> list[Any]:
         """Per block its fused forward, or None for the module's own."""

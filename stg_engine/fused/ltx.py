@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GELU
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_ltx import (
     LTXAttention,
@@ -18,7 +22,7 @@ from diffusers.models.transformers.transformer_ltx import (
     LTXVideoRotaryPosEmbed,
     LTXVideoTransformerBlock,
 )
-from stg_kernels import norm_modulate, qk_norm_rope, residual_gate, residual_gate_norm_modulate
+from stg_kernels import branch_attention, norm_modulate, qk_norm_rope, residual_gate, residual_gate_norm_modulate
 from torch import Tensor, nn
 
 from stg_engine.hooks import is_plain, runs_own_forward
@@ -53,10 +57,12 @@ def forward(
     temb: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor],
     encoder_attention_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """[R, S, C] -> [R, S, C] for the rows that `run` has in hand.
 
-    hidden_states, encoder_hidden_states, encoder_attention_mask have R rows; temb and image_rotary_emb one per video.
+    hidden_states, encoder_hidden_states, encoder_attention_mask, key_lengths have R rows; temb and image_rotary_emb one
+    per video. key_lengths, or the absence of padding, says what the mask says.
     """
     row_map = run.videos_of_rows(hidden_states.device)
     table = block.scale_shift_table
@@ -91,12 +97,12 @@ def forward(
         q = norm_modulate(q, weight=attention.norm_q.weight, eps=attention.norm_q.eps)
         k = attention.norm_k(attention.to_k(encoder_hidden_states))
         v = attention.to_v(encoder_hidden_states)
-        q, k, v = (x.unflatten(2, (attention.heads, -1)) for x in (q, k, v))
-        mask = encoder_attention_mask
+        q, k, v = (x.contiguous().unflatten(2, (attention.heads, -1)) for x in (q, k, v))
+        mask = encoder_attention_mask if run.is_padded else None
         if mask is not None:
             mask = attention.prepare_attention_mask(mask, k.shape[1], k.shape[0])
             mask = mask.view(k.shape[0], attention.heads, -1, mask.shape[-1])
-        return _attend(attention, q, k, v, mask)
+        return _attend(attention, q, k, v, mask, key_lengths)
 
     x = hidden_states
     normed = _norm(block.norm1, x, scale_attn, shift_attn, row_map)
@@ -135,8 +141,13 @@ def _pairs(image_rotary_emb: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor,
     return cos, sin
 
 
-def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def _attend(
+    attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, key_lengths: Tensor | None = None
+) -> Tensor:
+    """[R, S, N, D] -> [R, S, C], by the backend that was chosen in diffusers if one was."""
     processor = attention.processor
+    if (mask is None or key_lengths is not None) and not _chosen_in_diffusers(processor):
+        return _project_out(attention, branch_attention(q, k, v, key_lengths=key_lengths))
     out = dispatch_attention_fn(
         q,
         k,
@@ -148,6 +159,14 @@ def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
         parallel_config=processor._parallel_config,
     )
     return _project_out(attention, out.to(q.dtype))
+
+
+def _chosen_in_diffusers(processor: Any) -> bool:
+    return (
+        processor._attention_backend is not None
+        or processor._parallel_config is not None
+        or _AttentionBackendRegistry.get_active_backend()[0] != AttentionBackendName.NATIVE
+    )
 
 
 def _project_out(attention: Any, x: Tensor) -> Tensor:

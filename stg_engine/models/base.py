@@ -19,6 +19,7 @@ class ModelSpec:
     blocks             paths of the block lists, in the order in which the forward runs them
     latents            transformer arguments with one entry per video that all branches share
     prompt             transformer arguments with one entry per video that differ between cond and uncond
+    prompt_mask        that of `prompt` which is 1 for tokens and 0 for padding [B, T], or None
     streams            block arguments that the block returns, in the order in which it returns them
     block_rows         further block arguments with one entry per row (a tensor or a tuple of tensors)
     shared_rows        those of block_rows that are equal in all branches
@@ -48,6 +49,7 @@ class ModelSpec:
     value_passthrough: Callable[[nn.Module, Tensor], Tensor]
     prompt_block: int = 0
     shares_attention: bool = False
+    prompt_mask: str | None = None
     once_per_step: dict[str, tuple[int, ...]] = field(default_factory=dict)
     time_embedding: str | None = None
     once_per_prompt: tuple[str, ...] = ()

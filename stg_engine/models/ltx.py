@@ -23,6 +23,7 @@ LTX_VIDEO = register(
         blocks=("transformer_blocks",),
         latents=("hidden_states", "timestep", "video_coords"),
         prompt=("encoder_hidden_states", "encoder_attention_mask"),
+        prompt_mask="encoder_attention_mask",
         streams=("hidden_states",),
         block_rows=("encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"),
         shared_rows=("temb", "image_rotary_emb"),

@@ -444,7 +444,7 @@ def test_unsupported_pipeline():
 
 def test_report_says_what_ran():
     pipe = tiny_pipeline()
-    with stg_engine.attach(pipe, CONFIG) as engine:
+    with stg_engine.attach(pipe, CONFIG, kernels="off") as engine:
         latents_of(pipe, guidance_scale=1.0)
         report = engine.report()
     assert report.steps == report.guided_steps == CALL["num_inference_steps"]

@@ -163,11 +163,16 @@ def measure(call: Any, device: torch.device) -> float:
 
 
 def used() -> dict[str, str]:
-    """Per kind of attention that ran in this process, the backend that ran last; "measured" if it was chosen so."""
+    """Per kind of attention that ran since `forget_used`, the last backend; "measured" if it was chosen so."""
     names = {kind: choice.backend for kind, choice in choices.all().items()}
     return {
         str(kind): f"{ran}, measured" if names.get(kind) == ran.split(" ")[0] else ran for kind, ran in _ran.items()
     }
+
+
+def forget_used() -> None:
+    """`used()` begins anew."""
+    _ran.clear()
 
 
 def _picked_by_torch(backend: Backend, part: Part) -> str:
