@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,30 @@ from unittest import mock
 
 import torch
 import triton
+from stg_kernels.attention import fused as attention
+from stg_kernels.attention.parts import Part
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.shapes import SHAPES, Shape
 
 TARGETS = (80, 90, 100)
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+MATRIX = ("wgmma", "tcgen05.mma", "mma.sync")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one compiled kernel: registers per thread, bytes of stack and shared memory, bits of its global accesses."""
+    """Of one compiled kernel: registers per thread, bytes of stack and shared memory, bits of its global accesses,
+    and the instruction of its matrix products."""
 
     kernel: str
     form: str
@@ -43,14 +54,18 @@ class Resources:
     stack: int
     shared: int
     widths: str
+    matrix: str
 
 
 @dataclass(frozen=True)
 class Launch:
+    """targets: those that the launcher takes the form to."""
+
     kernel: Any
     form: str
     arguments: tuple
     options: dict[str, Any]
+    targets: tuple[int, ...] = TARGETS
 
 
 def overheard(module: Any, form: str, call: Callable[[], object]) -> Iterator[Launch]:
@@ -65,7 +80,8 @@ def overheard(module: Any, form: str, call: Callable[[], object]) -> Iterator[La
         return Kernel()
 
     kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
-    with mock.patch.multiple(module, check_device=lambda x: None, **{k: record(v) for k, v in kernels.items()}):
+    checks = {"check_device": lambda x: None} if hasattr(module, "check_device") else {}
+    with mock.patch.multiple(module, **checks, **{k: record(v) for k, v in kernels.items()}):
         call()
     yield from launches
 
@@ -119,6 +135,23 @@ def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
     yield from overheard(combine, f"{form}, Euler", lambda: combine.combine_guidance(rows, scales, True, **euler))
 
 
+def attention_launches(shape: Shape) -> Iterator[Launch]:
+    """Every config of attention for this head size, dense, with everything that rows may have, and with own keys."""
+    q = torch.empty(3, 1024, shape.heads, shape.head_size, dtype=torch.bfloat16, device="meta")
+    lengths = torch.empty(3, dtype=torch.int32, device="meta")
+    dense = Part(q, q, q, scale=1.0)
+    rows = replace(dense, kv_rows=(0, 2, 1), key_lengths=lengths)
+    parts = {"dense": dense, "rows": rows, "own keys": replace(rows, own_k=q, own_v=q)}
+    for config in attention.CONFIGS[attention.block_d(shape.head_size)]:
+        targets = tuple(target for target in TARGETS if target // 10 in config.majors)
+        for words, part in parts.items():
+            if config.descriptors and part.own_k is not None:
+                continue
+            form = f"D={shape.head_size}, {config.name}, {words}"
+            for launch in overheard(attention, form, lambda p=part, c=config: attention.launch(p, c, q)):
+                yield replace(launch, targets=targets)
+
+
 def compiled(launch: Launch, target: int) -> Resources:
     names = launch.kernel.arg_names
     values = dict(zip(names, launch.arguments, strict=False)) | launch.options
@@ -127,13 +160,17 @@ def compiled(launch: Launch, target: int) -> Resources:
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if isinstance(values[n], Tensor)}
     source = ASTSource(launch.kernel, signature, {n: values[n] for n in constants}, aligned)
     warps = launch.options["num_warps"]
-    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
+    options = {name: value for name, value in launch.options.items() if name.startswith("num_")}
+    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, stack = _usage(binary.asm["cubin"])
     shared, widths = binary.metadata.shared, " ".join(map(str, _widths(binary.asm["ptx"])))
-    return Resources(launch.kernel.__name__, launch.form, warps, target, registers, stack, shared, widths)
+    matrix = next((name for name in MATRIX if f"{name}." in binary.asm["ptx"]), "")
+    return Resources(launch.kernel.__name__, launch.form, warps, target, registers, stack, shared, widths, matrix)
 
 
 def _type(value: Any) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, Tensor):
         return TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
@@ -166,11 +203,13 @@ def all_launches() -> dict[tuple, Launch]:
             for launch in launches_of(shape, dtype):
                 kinds = tuple(v.dtype if isinstance(v, Tensor) else type(v) for v in launch.arguments)
                 distinct.setdefault((launch.kernel, kinds, tuple(sorted(launch.options.items()))), launch)
+        for launch in attention_launches(shape):
+            distinct.setdefault((launch.kernel, launch.form), launch)
     return distinct
 
 
-def main(path: str, targets: tuple[int, ...] = TARGETS) -> None:
-    rows = [compiled(launch, target) for launch in all_launches().values() for target in targets]
+def main(path: str) -> None:
+    rows = [compiled(launch, target) for launch in all_launches().values() for target in launch.targets]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Resources)], lineterminator="\n")
         writer.writeheader()

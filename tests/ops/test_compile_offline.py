@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
-# Blocks of 48 KiB run everywhere; more has to be asked for.
+# Blocks of 48 KiB run everywhere; more has to be asked for, up to the card's limit.
 SHARED_MEMORY = 48 * 1024
+LARGEST_SHARED_MEMORY = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,7 @@ def test_every_kernel_was_compiled_for_every_target(resources):
         "_qk_norm_rope_kernel",
         "_moments_kernel",
         "_combine_guidance_kernel",
+        "_attention_kernel",
     }
     for kernel in kernels:
         assert {row["target"] for row in resources if row["kernel"] == kernel} == {"80", "90", "100"}
@@ -46,12 +48,26 @@ def test_nothing_spills(resources):
 
 
 def test_shared_memory_is_within_the_limit(resources):
-    assert [row for row in resources if int(row["shared"]) > SHARED_MEMORY] == []
+    for row in resources:
+        limit = LARGEST_SHARED_MEMORY[row["target"]] if row["kernel"] == "_attention_kernel" else SHARED_MEMORY
+        assert int(row["shared"]) <= limit, row
+
+
+def test_attention_runs_on_the_tensor_cores_of_each_target(resources):
+    """Hopper's and Blackwell's own instructions, not the mma.sync that they run, too."""
+    instruction = {"80": "mma.sync", "90": "wgmma", "100": "tcgen05.mma"}
+    rows = [row for row in resources if row["kernel"] == "_attention_kernel"]
+    assert {(row["target"], row["matrix"]) for row in rows} == set(instruction.items())
 
 
 def test_tensors_are_read_and_written_in_16_bytes(resources):
     """Every access: runtime strides keep the alignment that the kernels were promised."""
-    scalars = {"_moments_kernel": {"32"}, "_combine_guidance_kernel": {"32"}, "_residual_gate_kernel": {"64", "8"}}
+    scalars = {
+        "_moments_kernel": {"32"},
+        "_combine_guidance_kernel": {"32"},
+        "_residual_gate_kernel": {"64", "8"},
+        "_attention_kernel": {"32"},
+    }
     for row in resources:  # scales and sums, row_map and pass_through
         narrow = set(row["widths"].split()) - {"128"} - scalars.get(row["kernel"], {"64"})
         assert not narrow, row
