@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stg_kernels.attention import reference
 from stg_kernels.choose import check_floating
 
 SKIPS = ("value_rows", "own_key_rows")
@@ -80,6 +79,8 @@ def branch_attention(
         raise ValueError(f"scale={scale} is not allowed; it must be a finite number above 0")
     arguments = (q, k, v, kv_rows, key_lengths, value_rows, own_key_rows, text, scale)
     if q.dtype == torch.float64 or backend == "reference":
+        from stg_kernels.attention import reference  # loaded when it runs, as those of other ops
+
         return reference.branch_attention(*arguments)
     return torch.ops.stg.branch_attention(*arguments, backend)
 
