@@ -274,7 +274,7 @@ def launch(part: Part, config: Config, out: Tensor) -> None:
         _attention_kernel[(grid,)](
             *arguments,
             q if part.kv_rows is None else _index(part.kv_rows, q.device),
-            q if part.key_lengths is None else part.key_lengths,
+            q if part.key_lengths is None else part.key_lengths.contiguous(),
             *strides,
             tiles, heads, queries, k.shape[1], part.key_start, part.scale * LOG2_E,
             D=head_size, BLOCK_D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
