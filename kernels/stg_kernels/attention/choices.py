@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -85,6 +86,8 @@ class Choices:
             temporary.write_text(json.dumps([*others, new], indent=1))
             temporary.replace(path)
         except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
             warnings.warn(f"{path} cannot be written ({error}); attention will be measured again", stacklevel=2)
 
     def forget(self) -> None:
