@@ -25,6 +25,10 @@ VERSION = 1
 PACKAGES = ("triton", "xformers", "flash-attn", "flash-attn-3", "flash-attn-4")
 
 
+FIELDS = {"kind": dict, "versions": dict, "backend": str, "seconds": dict, "refused": dict}
+"""Of an entry."""
+
+
 class Kind(NamedTuple):
     """Parts that share a choice. Row counts and exact lengths are not in it; tokens count in powers of 2."""
 
@@ -118,7 +122,9 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text())
         for entry in entries:
-            hash((Kind(**entry["kind"]), entry["backend"], *entry["seconds"], *entry["refused"], *entry["versions"]))
+            hash(Kind(**entry["kind"]))
+            if wrong := [name for name, kind in FIELDS.items() if not isinstance(entry[name], kind)]:
+                raise TypeError(f"wrong type of {', '.join(wrong)}")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
