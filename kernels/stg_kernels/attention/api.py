@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stg_kernels.choose import check_floating
+from stg_kernels.choose import DTYPES, check_floating
 
 SKIPS = ("value_rows", "own_key_rows")
 
@@ -45,6 +45,8 @@ def branch_attention(
     these, `RuntimeError` that says why if the pinned backend cannot run.
     """
     check_floating(q=q, k=k, v=v)
+    if q.dtype not in (*DTYPES, torch.float64):
+        raise ValueError(f"q has dtype {q.dtype}; it must be float32, bfloat16, float16 or float64")
     _check_shapes(q, k, v)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError("branch_attention has no gradients; call it under torch.no_grad()")
@@ -78,7 +80,7 @@ def branch_attention(
     if not 0 < scale < math.inf:
         raise ValueError(f"scale={scale} is not allowed; it must be a finite number above 0")
     arguments = (q, k, v, kv_rows, key_lengths, value_rows, own_key_rows, text, scale)
-    if q.dtype == torch.float64 or backend == "reference":
+    if backend == "reference" or (q.dtype == torch.float64 and backend is None):
         from stg_kernels.attention import reference  # loaded when it runs, as those of other ops
 
         return reference.branch_attention(*arguments)

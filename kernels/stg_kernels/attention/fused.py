@@ -215,7 +215,7 @@ def why_not(part: Part, name: str | None = None) -> str:
     interpreted = triton.knobs.runtime.interpret
     if not part.q.is_cuda and not interpreted:
         return f"it needs CUDA tensors, these are on {part.q.device}"
-    if part.q.dtype not in (torch.bfloat16, torch.float16) and not interpreted:
+    if part.q.dtype not in (torch.bfloat16, torch.float16) and not (interpreted and part.q.dtype == torch.float32):
         return f"it takes bfloat16 and float16, not {part.q.dtype}"
     configs = CONFIGS.get(block_d(part.q.shape[-1]), ())
     configs = tuple(config for config in configs if name in (None, config.name))
