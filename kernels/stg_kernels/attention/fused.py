@@ -52,6 +52,8 @@ def _attend(
     acc, l, m, q, k, v, scale, count, BLOCK_N: tl.constexpr, IS_PARTIAL: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Takes one tile of keys into the running sum `acc`, its weight `l` and the largest score `m`, in powers of 2."""
+    if PRECISION is not None:
+        q, k = q.to(tl.float32), k.to(tl.float32)
     scores = tl.dot(q, k.trans(), input_precision=PRECISION)
     if IS_PARTIAL:
         scores = tl.where(tl.arange(0, BLOCK_N)[None, :] < count, scores, -float("inf"))
@@ -59,7 +61,10 @@ def _attend(
     p = tl.exp2(scores * scale - m_new[:, None])
     alpha = tl.exp2(m - m_new)
     l = l * alpha + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    p = p.to(v.dtype)
+    if PRECISION is not None:
+        p, v = p.to(tl.float32), v.to(tl.float32)
+    acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, l, m_new
 
 
@@ -280,7 +285,9 @@ def launch(part: Part, config: Config, out: Tensor) -> None:
             D=head_size, BLOCK_D=padded, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             HAS_KV_ROWS=part.kv_rows is not None, HAS_LENGTHS=part.key_lengths is not None,
             OWN_KEY=part.own_k is not None, DESCRIPTORS=config.descriptors,
-            PRECISION="ieee" if q.dtype == torch.float32 else None, VEC=1 if any(step % 8 for step in strides) else 8,
+            # the interpreter would multiply bfloat16 as integers
+            PRECISION="ieee" if q.dtype == torch.float32 or triton.knobs.runtime.interpret else None,
+            VEC=1 if any(step % 8 for step in strides) else 8,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
