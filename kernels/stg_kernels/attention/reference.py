@@ -56,6 +56,8 @@ SCORES = 2**26
 
 def attention(part: Part, *, low_precision: bool = False) -> Tensor:
     """[G, S, N, D] of a part, in chunks of queries; `low_precision`: every operation in the part's dtype."""
+    if not part.q.numel():
+        return part.q.clone()
     compute = part.q.dtype if low_precision or part.q.dtype == torch.float64 else torch.float32
     rows, queries, heads, _ = part.q.shape
     size = max(1, SCORES // max(1, heads * part.k.shape[1]))
@@ -63,7 +65,7 @@ def attention(part: Part, *, low_precision: bool = False) -> Tensor:
         torch.cat([_queries(part, row, slice(at, at + size), compute) for at in range(0, queries, size)])
         for row in range(rows)
     ]
-    return torch.stack(results) if queries else part.q.clone()
+    return torch.stack(results)
 
 
 def _queries(part: Part, row: int, at: slice, compute: torch.dtype) -> Tensor:
