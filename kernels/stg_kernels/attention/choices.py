@@ -29,6 +29,9 @@ FIELDS = {"kind": dict, "versions": dict, "backend": str, "seconds": dict, "refu
 """Of an entry."""
 
 
+FILE_VARIABLES = ("STG_ATTENTION_CACHE", "XDG_CACHE_HOME")
+
+
 class Kind(NamedTuple):
     """Parts that share a choice. Row counts and exact lengths are not in it; tokens count in powers of 2."""
 
@@ -67,7 +70,7 @@ class Choices:
 
     def __init__(self) -> None:
         self._known: dict[Kind, Choice] = {}
-        self._read: Path | None = None
+        self._read: tuple[str | None, ...] | None = None
 
     def get(self, kind: Kind) -> Choice | None:
         self._load()
@@ -100,11 +103,11 @@ class Choices:
         self._read = None
 
     def _load(self) -> None:
-        path = file()
-        if self._read == path:
+        source = tuple(map(os.environ.get, FILE_VARIABLES))
+        if self._read == source:
             return
-        self._read = path
-        for entry in _entries(path):
+        self._read = source
+        for entry in _entries(file()):
             if entry["versions"] == _versions():
                 choice = Choice(entry["backend"], entry["seconds"], entry["refused"])
                 self._known.setdefault(Kind(**entry["kind"]), choice)
@@ -112,9 +115,8 @@ class Choices:
 
 def file() -> Path:
     """`$STG_ATTENTION_CACHE`, else stg_engine/attention.json in the user's cache folder."""
-    if "STG_ATTENTION_CACHE" in os.environ:
-        return Path(os.environ["STG_ATTENTION_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stg_engine" / "attention.json"
+    path, folder = map(os.environ.get, FILE_VARIABLES)
+    return Path(path) if path else Path(folder or Path.home() / ".cache") / "stg_engine" / "attention.json"
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

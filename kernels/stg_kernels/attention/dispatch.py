@@ -69,7 +69,7 @@ def choose(part: Part, kind: Kind, pinned: str | None) -> Backend:
     if pinned:
         return _pinned(part, pinned)
     choice = choices.get(kind)
-    if choice is None and _is_tuning:
+    if choice is None and _is_tuning and not _is_capturing(part.q):
         choice = tune(part)
         choices.put(kind, choice)
     if choice is not None:
@@ -77,6 +77,10 @@ def choose(part: Part, kind: Kind, pinned: str | None) -> Backend:
             if backend.name == choice.backend and not backend.why_not(part):
                 return backend
     return next(backend for backend in backends() if backend.is_exact and not backend.why_not(part))
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _pinned(part: Part, pinned: str) -> Backend:
