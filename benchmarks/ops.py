@@ -90,12 +90,12 @@ def largest_error(result: Any, exact: Any) -> float:
     return max((a.double() - b).abs().max().item() for a, b in pairs)
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Median and quartile range, seconds of one call."""
+def timed(call: Callable[[], Any], device: torch.device, milliseconds: float = 100) -> tuple[float, float]:
+    """Median and quartile range, seconds of one call; on a CUDA device repeated for about so many milliseconds."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        low, middle, high = do_bench(call, quantiles=[0.25, 0.5, 0.75])
+        low, middle, high = do_bench(call, rep=milliseconds, quantiles=[0.25, 0.5, 0.75])
         return middle / 1e3, (high - low) / 1e3
     # A Timer runs on one thread unless it is told otherwise.
     times = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()).blocked_autorange(

@@ -87,7 +87,33 @@ def ops_table() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"plan": plan_picture, "cost": cost_table, "speed": speed_table, "ops": ops_table}
+def attention_table() -> str:
+    """Each case with three rows on a CUDA device: what `branch_attention` runs against torch's SDPA."""
+    rows = record.read(record.RESULTS / "attention.csv", record.AttentionRow)
+    latest = {
+        (r.case, r.model, r.dtype, r.device, r.backend.split(" ")[0]): r for r in rows if r.is_cuda and r.rows == 3
+    }
+    lines = ["| case | model | dtype | SDPA | `branch_attention` | ratio | backend | of matmul speed | measured on |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for key, row in latest.items():
+        if key[-1] != "dispatch:":
+            continue
+        sdpa = latest.get((*key[:-1], "sdpa"))
+        plain, ratio = (f"{sdpa.seconds * 1e3:.2f} ms", f"{sdpa.seconds / row.seconds:.2f}x") if sdpa else ("none", "")
+        backend, speed = row.backend.removeprefix("dispatch: "), f"{row.tflops / row.matmul_tflops:.2f}"
+        times = f"{plain} | {row.seconds * 1e3:.2f} ms | {ratio}"
+        where = f"{row.device}, commit {row.commit}"
+        lines.append(f"| {row.case} | {row.model} | {row.dtype} | {times} | {backend} | {speed} | {where} |")
+    return "\n".join(lines) if len(lines) > 2 else "No CUDA device has been measured yet."
+
+
+PARTS = {
+    "plan": plan_picture,
+    "cost": cost_table,
+    "speed": speed_table,
+    "ops": ops_table,
+    "attention": attention_table,
+}
 
 
 def generated(text: str) -> str:

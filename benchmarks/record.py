@@ -83,10 +83,56 @@ class OpRow:
     date: str
 
 
+@dataclass(frozen=True)
+class AttentionRow:
+    """Attention of one model's shape: median seconds of one call, and its quartile range.
+
+    case            see `benchmarks.attention`; "..., dense part" and "..., own keys part" are those rows and queries of
+                    a call that one kernel computes
+    backend         what ran; "dispatch: ..." is the call without a pinned backend, "... (lossy)" is not exact
+    rows, queries, keys   [rows, queries] tokens over `keys` tokens, padding included
+    tflops          4 D FLOPs per head and pair of a query and a key that exists / seconds
+    matmul_tflops   what a large matrix product of the same dtype reached in the same run
+    error, budget   largest error against float64 in sampled queries, and what is allowed: twice that of plain torch in
+                    this dtype
+    """
+
+    case: str
+    backend: str
+    model: str
+    rows: int
+    queries: int
+    keys: int
+    heads: int
+    head_size: int
+    seconds: float
+    iqr: float
+    tflops: float
+    matmul_tflops: float
+    error: float
+    budget: float
+    dtype: str
+    device: str
+    threads: int
+    torch: str
+    diffusers: str
+    stg_engine: str
+    commit: str
+    date: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return not self.device.endswith(CORES)
+
+
+CORES = " cores"
+"""Ends the name of a processor, and of no CUDA device."""
+
+
 def environment(device: torch.device) -> dict[str, str | int]:
     """The fields of a row that say where it was measured."""
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()}{CORES}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": metadata.version("diffusers"),
@@ -96,7 +142,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def append(path: Path, *new: Row | OpRow) -> None:
+def append(path: Path, *new: Row | OpRow | AttentionRow) -> None:
     """Add rows of one kind to a CSV file."""
     kind = type(new[0])
     rows = [*read(path, kind), *new]

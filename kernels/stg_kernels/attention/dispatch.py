@@ -119,7 +119,7 @@ def tune(part: Part) -> Choice:
     refused = {backend.name: reason for backend in candidates if (reason := backend.why_not(part))}
     candidates = [backend for backend in candidates if backend.name not in refused]
     if len(candidates) > 1:
-        sample = _Sample(part)
+        sample = Sample(part)
         for backend in list(candidates):
             try:
                 reason = sample.why_not(backend.run(part))
@@ -133,7 +133,7 @@ def tune(part: Part) -> Choice:
     return Choice(fastest, seconds, refused)
 
 
-class _Sample:
+class Sample:
     """Some queries of every row and head, in float64, and how exact plain torch is there in the part's dtype."""
 
     def __init__(self, part: Part) -> None:
@@ -149,8 +149,11 @@ class _Sample:
         rounding = torch.finfo(part.q.dtype).eps / 2 * self.exact.abs().max()
         self.budget = 2 * (plain + rounding).item()
 
+    def error(self, result: Tensor) -> float:
+        return (result[:, self.at].double() - self.exact).abs().max().item()
+
     def why_not(self, result: Tensor) -> str:
-        error = (result[:, self.at].double() - self.exact).abs().max().item()
+        error = self.error(result)
         return "" if error <= self.budget else f"error {error:.2e}, allowed {self.budget:.2e}"
 
 
