@@ -6,11 +6,8 @@ import pytest
 import stg_kernels
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.transformers.transformer_ltx import (
-    LTXAttention,
-    LTXVideoAttnProcessor,
-    LTXVideoTransformerBlock,
-)
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
 from engine.tiny import latents_of, tiny_inputs, tiny_pipeline, tiny_transformer
 from peft import LoraConfig
 from stg_kernels import choose
@@ -164,40 +161,99 @@ class Processor(LTXVideoAttnProcessor):
         return 0.5 * super().__call__(attn, hidden_states, *args, **kwargs)
 
 
-CHANGES = {
-    "processor": lambda block: block.attn1.set_processor(Processor()),
-    "norm_hook": lambda block: block.norm2.register_forward_hook(lambda module, args, output: 2 * output),
-    "attention_hook": lambda block: block.attn2.register_forward_pre_hook(
-        lambda module, args, kwargs: (args, {**kwargs, "encoder_hidden_states": 2 * kwargs["encoder_hidden_states"]}),
-        with_kwargs=True,
-    ),
-    "norm_forward": lambda block: setattr(block.attn1.norm_q, "forward", lambda x: 2 * x),
-    "attention_forward": lambda block: setattr(block.attn1, "forward", doubled(block.attn1.forward)),
-    "block_forward": lambda block: setattr(block, "forward", doubled(block.forward)),
-    "block_hook": lambda block: HookRegistry.check_if_exists_or_initialize(block).register_hook(Doubling(), "other"),
-    "attention_class": lambda block: setattr(block.attn1, "__class__", Attention),
-    "block_class": lambda block: setattr(block, "__class__", Block),
-    "eps": lambda block: setattr(block.attn1.norm_k, "eps", 0.1),
-}
+class Doubling(ModelHook):
+    def post_forward(self, module, output):
+        return 2 * output
 
 
 def doubled(forward):
     return lambda *args, **kwargs: 2 * forward(*args, **kwargs)
 
 
-class Doubling(ModelHook):
-    def post_forward(self, module, output):
-        return 2 * output
+def double_by_hook(module):
+    module.register_forward_hook(lambda module, args, output: 2 * output)
 
 
-class Attention(LTXAttention):
-    def forward(self, *args, **kwargs):
-        return 2 * super().forward(*args, **kwargs)
+def double_by_forward(module):
+    module.forward = doubled(module.forward)
 
 
-class Block(LTXVideoTransformerBlock):
-    def forward(self, *args, **kwargs):
-        return 2 * super().forward(*args, **kwargs)
+def double_by_class(module):
+    kind = type(module)
+    module.__class__ = type("Other", (kind,), {"forward": lambda *args, **kwargs: 2 * kind.forward(*args, **kwargs)})
+
+
+BYPASSED = ("norm1", "norm2", "attn1", "attn2", "attn1.norm_q", "attn1.norm_k", "attn2.norm_q")
+CHANGES = {
+    **{f"{path}_hook": (path, double_by_hook) for path in BYPASSED},
+    **{f"{path}_forward": (path, double_by_forward) for path in BYPASSED},
+    **{f"{path}_class": (path, double_by_class) for path in BYPASSED},
+    "attn2_pre_hook": (
+        "attn2",
+        lambda attention: attention.register_forward_pre_hook(
+            lambda module, args, kwargs: (
+                args,
+                {**kwargs, "encoder_hidden_states": 2 * kwargs["encoder_hidden_states"]},
+            ),
+            with_kwargs=True,
+        ),
+    ),
+    "attn1_processor": ("attn1", lambda attention: attention.set_processor(Processor())),
+    "attn2_processor": ("attn2", lambda attention: attention.set_processor(Processor())),
+    "block_forward": ("", double_by_forward),
+    "block_class": ("", double_by_class),
+    "block_hook": (
+        "",
+        lambda block: HookRegistry.check_if_exists_or_initialize(block).register_hook(Doubling(), "other"),
+    ),
+    "unequal_eps": ("attn1.norm_k", lambda norm: setattr(norm, "eps", 0.1)),
+    "attn1_no_eps": ("attn1", lambda attention: set_eps(None, attention.norm_q, attention.norm_k)),
+    "attn2_no_eps": ("attn2.norm_q", lambda norm: set_eps(None, norm)),
+}
+"""Name -> path of a module in a block, and what is done to it."""
+
+
+def set_eps(eps, *norms):
+    for norm in norms:
+        norm.eps = eps
+
+
+def assert_equals_passes(transformer, inputs, fused_blocks):
+    """The branches are those of the modules, and so many of the four blocks were fused."""
+    config = STGConfig(layers=(1,))
+    expected = passes_one_by_one(transformer, config.skips, *inputs)
+    with Denoiser(transformer, config) as denoiser:
+        actual = denoiser.branches(*inputs)
+        assert denoiser.fusion.used.startswith(f"stg_kernels (C++) in {fused_blocks} of 4 blocks")
+        assert denoiser.fusion.is_on is (fused_blocks > 0)
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype
+        assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
+
+
+def test_affine_norms():
+    assert_equals_passes(tiny_transformer(affine=True), tiny_inputs(2), 4)
+
+
+NORMS = [("norm1",), ("norm2",), ("attn1.norm_q", "attn1.norm_k"), ("attn2.norm_q",), ("attn2.norm_k",)]
+
+
+@pytest.mark.parametrize("paths", NORMS, ids=str)
+def test_eps_is_the_norm_s_own(paths):
+    transformer = tiny_transformer()
+    for block in transformer.transformer_blocks:
+        set_eps(0.5, *map(block.get_submodule, paths))
+    assert_equals_passes(transformer, tiny_inputs(), 4)
+
+
+@pytest.mark.parametrize("path", ["attn1", "attn2"])
+def test_an_attention_backend_that_was_set_is_used(path, monkeypatch):
+    name, backends = AttentionBackendName._NATIVE_MATH, _AttentionBackendRegistry._backends
+    monkeypatch.setitem(backends, name, doubled(backends[name]))
+    transformer = tiny_transformer()
+    for block in transformer.transformer_blocks:
+        block.get_submodule(path).processor._attention_backend = name
+    assert_equals_passes(transformer, tiny_inputs(), 4)
 
 
 def test_a_forward_replaced_after_the_hooks_is_not_passed_by():
@@ -208,40 +264,46 @@ def test_a_forward_replaced_after_the_hooks_is_not_passed_by():
         hooked, attention.forward = attention.forward, doubled(attention.forward)
         actual = denoiser.branches(*inputs)
         attention.forward = hooked
-    CHANGES["attention_forward"](transformer.transformer_blocks[2])
+    double_by_forward(transformer.transformer_blocks[2].attn1)
     expected = passes_one_by_one(transformer, config.skips, *inputs)
     for name in expected:
         assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
 
 
-def test_rope_tables_that_were_changed_are_not_assumed():
-    transformer, inputs = tiny_transformer(), tiny_inputs()
-    transformer.rope.register_forward_hook(
-        lambda module, args, tables: tuple(t + torch.rand_like(t[:1]) for t in tables)
-    )
-    with Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
-        denoiser.branches(*inputs)
-        assert not denoiser.fusion.is_on
+def warp_by_hook(rope):
+    rope.register_forward_hook(lambda module, args, tables: warped(tables))
+
+
+def warp_by_forward(rope):
+    forward = rope.forward
+    rope.forward = lambda *args: warped(forward(*args))
+
+
+def warp_by_class(rope):
+    kind = type(rope)
+    rope.__class__ = type("Other", (kind,), {"forward": lambda *args: warped(kind.forward(*args))})
+
+
+def warped(tables):
+    return tuple(table * torch.linspace(0.5, 1, table.shape[-1]) for table in tables)
+
+
+@pytest.mark.parametrize("change", [warp_by_hook, warp_by_forward, warp_by_class])
+def test_rope_tables_that_were_changed_are_not_assumed(change):
+    transformer = tiny_transformer()
+    change(transformer.rope)
+    assert_equals_passes(transformer, tiny_inputs(), 0)
 
 
 def test_odd_heads_run_as_modules():
-    transformer, inputs = tiny_transformer(heads=2, head_dim=9), tiny_inputs()
-    with Denoiser(transformer, STGConfig(layers=(1,))) as denoiser:
-        denoiser.branches(*inputs)
-        assert not denoiser.fusion.is_on
+    assert_equals_passes(tiny_transformer(heads=2, head_dim=9), tiny_inputs(), 0)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_block_with_a_change_that_would_be_passed_by_is_not_fused(change):
-    transformer, inputs = tiny_transformer(), tiny_inputs()
-    CHANGES[change](transformer.transformer_blocks[2])
-    config = STGConfig(layers=(1,))
-    expected = passes_one_by_one(transformer, config.skips, *inputs)
-    with Denoiser(transformer, config) as denoiser:
-        actual = denoiser.branches(*inputs)
-        assert denoiser.fusion.used.startswith("stg_kernels (C++) in 3 of 4 blocks")
-    for name in expected:
-        assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
+    transformer, (path, make) = tiny_transformer(), CHANGES[change]
+    make(transformer.transformer_blocks[2].get_submodule(path))
+    assert_equals_passes(transformer, tiny_inputs(), 3)
 
 
 def test_why_not():

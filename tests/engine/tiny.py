@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 TEXT_CHANNELS = 32
 
@@ -18,7 +18,9 @@ def tiny_transformer(
     channels: int = 8,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    affine: bool = False,
 ) -> LTXVideoTransformer3DModel:
+    """Norm weights, ones in a new model, are random; `affine` gives norm1 and norm2 weights and biases, too."""
     torch.manual_seed(seed)
     model = LTXVideoTransformer3DModel(
         in_channels=channels,
@@ -28,7 +30,15 @@ def tiny_transformer(
         cross_attention_dim=heads * head_dim,
         num_layers=num_layers,
         caption_channels=TEXT_CHANNELS,
+        norm_elementwise_affine=affine,
     )
+    with torch.no_grad():
+        for block in model.transformer_blocks:
+            for norm in (block.norm1, block.norm2) if affine else ():
+                norm.bias = nn.Parameter(torch.randn_like(norm.weight))
+        for name, parameter in model.transformer_blocks.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.5 * torch.randn_like(parameter))
     return model.eval().to(dtype)
 
 
