@@ -15,7 +15,8 @@ from torch import Tensor, nn
 class Fusion:
     """Chooses between a block's fused forward and the module's own.
 
-    family   module of this package with `supports(transformer, block)` and `forward(run, index, block, ...)`, or None
+    family   module of this package with `supports(transformer, block, dtype of the latents)` and
+             `forward(run, index, block, ...)`, or None
     kernels  "auto" or "off"
     used     what the last choice was, in words; `is_on` is True if it was the fused forward in any block
     """
@@ -47,9 +48,11 @@ class Fusion:
         if why_not or self._family is None:
             self.used, self.is_on = f"modules as they are: {why_not}", False
             return [None] * len(blocks)
-        forwards = [self._family.forward if self._family.supports(transformer, block) else None for block in blocks]
+        family, dtype = self._family, latents.dtype
+        forwards = [family.forward if family.supports(transformer, block, dtype) else None for block in blocks]
         count = sum(forward is not None for forward in forwards)
-        rest = "" if count == len(blocks) else ", the others have hooks or processors that it would pass by"
+        others = ", the others have hooks, processors or modules that the kernels do not cover"
+        rest = "" if count == len(blocks) else others
         language = "Triton" if latents.device.type == "cuda" else "C++"
         self.used = f"stg_kernels ({language}) in {count} of {len(blocks)} blocks{rest}"
         self.is_on = count > 0

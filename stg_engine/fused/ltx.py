@@ -29,12 +29,16 @@ from stg_engine.hooks import is_plain, runs_own_forward
 from stg_engine.rows import Run, select
 
 
-def supports(transformer: Any, block: Any) -> bool:
-    """True if nothing that the fused forward bypasses or assumes was changed: classes, processors, hooks, forwards."""
+def supports(transformer: Any, block: Any, dtype: torch.dtype) -> bool:
+    """True if nothing that the fused forward bypasses or assumes was changed: classes, processors, hooks, forwards.
+
+    Norm weights must have the latents' `dtype`: with another the modules return another dtype than the ops.
+    """
     if type(block) is not LTXVideoTransformerBlock or not runs_own_forward(block):
         return False
     attentions = (block.attn1, block.attn2)
     norms = (block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q)
+    weights = [weight for norm in (block.norm1, block.norm2, *norms) for weight in norm.parameters()]
     return (
         all(map(is_plain, (transformer.rope, block.norm1, block.norm2, *attentions, *norms)))
         and type(transformer.rope) is LTXVideoRotaryPosEmbed
@@ -44,6 +48,7 @@ def supports(transformer: Any, block: Any) -> bool:
         and all(type(attention) is LTXAttention for attention in attentions)
         and all(type(attention.processor) is LTXVideoAttnProcessor for attention in attentions)
         and block.attn1.inner_dim % (2 * block.attn1.heads) == 0
+        and all(weight.dtype is dtype for weight in weights)
     )
 
 

@@ -270,6 +270,19 @@ def test_a_forward_replaced_after_the_hooks_is_not_passed_by():
         assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
 
 
+@pytest.mark.parametrize("path", ["norm1", "norm2", "attn1.norm_q", "attn1.norm_k", "attn2.norm_q"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norm_weights_of_another_dtype_run_as_modules(dtype, path):
+    transformer, inputs, actual = tiny_transformer(affine=True), tiny_inputs(), {}
+    for block in transformer.transformer_blocks:
+        block.get_submodule(path).to(dtype)
+    for kernels in ("auto", "off"):
+        with Denoiser(transformer, STGConfig(layers=(1,)), kernels=kernels) as denoiser:
+            actual[kernels] = denoiser(*inputs, guidance_scale=3.0)
+            assert not denoiser.fusion.is_on
+    assert torch.equal(actual["auto"], actual["off"])
+
+
 def warp_by_hook(rope):
     rope.register_forward_hook(lambda module, args, tables: warped(tables))
 
