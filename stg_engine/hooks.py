@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 Forward = Callable[..., Any]
 HOOK_NAME = "stg_engine"
@@ -67,6 +68,11 @@ def is_plain(module: nn.Module) -> bool:
         and attributes.get("forward") is outer
         and runs_own_forward(module)
     )
+
+
+def has_global_hooks() -> bool:
+    """True if every module's call runs forward hooks: `torch.nn.modules.module.register_module_forward_hook`."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 @contextmanager

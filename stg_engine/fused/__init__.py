@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stg_engine.hooks import has_global_hooks
+
 
 class Fusion:
     """Chooses between a block's fused forward and the module's own.
@@ -66,6 +68,8 @@ def _unsuited(latents: Tensor) -> str:
         return "gradients are recorded"
     if torch.is_autocast_enabled(latents.device.type):
         return "autocast is on"
+    if has_global_hooks():
+        return "forward hooks on all modules"
     if latents.dtype not in stg_kernels.DTYPES:
         return f"{latents.dtype} has no kernels"
     if not stg_kernels.accelerates(latents.device):

@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
 from engine.tiny import latents_of, tiny_inputs, tiny_pipeline, tiny_transformer
 from peft import LoraConfig
 from stg_kernels import choose
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import stg_engine
 from stg_engine import Denoiser, Skip, STGConfig
@@ -317,6 +318,35 @@ def test_a_block_with_a_change_that_would_be_passed_by_is_not_fused(change):
     transformer, (path, make) = tiny_transformer(), CHANGES[change]
     make(transformer.transformer_blocks[2].get_submodule(path))
     assert_equals_passes(transformer, tiny_inputs(), 3)
+
+
+def double_outputs_of_norms(module, args, output):
+    return 2 * output if isinstance(module, torch.nn.RMSNorm) else None
+
+
+def shift_inputs_of_norms(module, args):
+    return (args[0] + 1,) if isinstance(module, torch.nn.RMSNorm) else None
+
+
+@pytest.mark.parametrize(
+    ("register", "hook"),
+    [
+        (register_module_forward_hook, double_outputs_of_norms),
+        (register_module_forward_pre_hook, shift_inputs_of_norms),
+    ],
+)
+def test_hooks_on_all_modules_are_not_passed_by(register, hook):
+    transformer, inputs, config = tiny_transformer(), tiny_inputs(), STGConfig(layers=(1,))
+    handle = register(hook)
+    try:
+        expected = passes_one_by_one(transformer, config.skips, *inputs)
+        with Denoiser(transformer, config) as denoiser:
+            actual = denoiser.branches(*inputs)
+            assert denoiser.fusion.used == "modules as they are: forward hooks on all modules"
+    finally:
+        handle.remove()
+    for name in expected:
+        assert relative_error(actual[name], expected[name]) <= FP32_RELATIVE, name
 
 
 def test_why_not():
