@@ -188,7 +188,7 @@ class Engine:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 self._report.peak_bytes = torch.cuda.max_memory_allocated(device)
-            self._report.kernels = denoiser.fusion.used
+            self._report.kernels = denoiser.fusion.used if self._report.guided_steps else "none: no guided step"
             self._report.attention = denoiser.fusion.attention() or self._report.attention
             self._report.seconds = time.perf_counter() - began
             self._report.differences = {name: value.item() for name, value in denoiser.differences.items()}

@@ -225,7 +225,9 @@ def assert_equals_passes(transformer, inputs, fused_blocks):
     expected = passes_one_by_one(transformer, config.skips, *inputs)
     with Denoiser(transformer, config) as denoiser:
         actual = denoiser.branches(*inputs)
-        assert denoiser.fusion.used.startswith(f"stg_kernels (C++) in {fused_blocks} of 4 blocks")
+        others = ", the others have hooks, processors or modules that the kernels do not cover"
+        used = f"stg_kernels (C++) in {fused_blocks} of 4 blocks{others if fused_blocks < 4 else ''}"
+        assert denoiser.fusion.used == used
         assert denoiser.fusion.is_on is (fused_blocks > 0)
     for name in expected:
         assert actual[name].dtype == expected[name].dtype
@@ -388,5 +390,12 @@ def test_pipeline_and_report():
         assert "kernels    modules as they are" in str(engine.report())
     with stg_engine.attach(pipe, config) as engine:
         actual = latents_of(pipe, ["a red cat", "blue dog"])
-        assert "kernels    stg_kernels (C++) in 4 of 4 blocks" in str(engine.report())
+        assert "kernels    stg_kernels (C++) in 4 of 4 blocks;" in str(engine.report())
     assert (actual - expected).norm() <= FP32_RELATIVE * expected.norm()
+
+
+def test_report_of_a_call_without_a_guided_step():
+    pipe = tiny_pipeline()
+    with stg_engine.attach(pipe, STGConfig(layers=(2,), scale=0.0)) as engine:
+        latents_of(pipe)
+        assert engine.report().kernels == "none: no guided step"
