@@ -1,23 +1,26 @@
 """Every op of stg_kernels on this CPU against eager torch, ratios in one run: what kernels="auto" relies on.
 
-`make bench` prints the table; memory settings there as in `benchmarks.ops`, which has the parity gate, the copy
-ceiling and the CSV. pytest-benchmark keeps its own JSON (`ARGS=--benchmark-json=...`).
+`make bench` prints the table; skipped without its memory settings, which are those of `benchmarks.ops`. That has the
+parity gate, the copy ceiling and the CSV. pytest-benchmark keeps its own JSON (`ARGS=--benchmark-json=...`).
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 import stg_kernels
 import torch
 
-from benchmarks.ops import CPU_TOKENS, cases, implementations
+from benchmarks.ops import CPU_TOKENS, KEEP_MEMORY, cases, implementations
 from benchmarks.shapes import SHAPES
 
 SHAPE = replace(SHAPES[0], tokens=CPU_TOKENS)  # LTX-Video 2B's width
+SETTINGS = " ".join(f"{name}={value}" for name, value in KEEP_MEMORY.items())
 
 
+@pytest.mark.skipif("MALLOC_TRIM_THRESHOLD_" not in os.environ, reason=f"run `make bench`, or set {SETTINGS}")
 @pytest.mark.skipif("cpu" not in stg_kernels.native_devices(), reason="stg_kernels._C was not built")
 @pytest.mark.parametrize("implementation", ["native", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
