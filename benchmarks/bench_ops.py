@@ -1,4 +1,4 @@
-"""Every op of stg_kernels on this CPU against eager torch, ratios in one run: what kernels="auto" relies on.
+"""Every op of stg_kernels on this CPU against diffusers and eager torch in one run: what kernels="auto" relies on.
 
 `make bench` prints the table; skipped without its memory settings, which are those of `benchmarks.ops`. That has the
 parity gate, the copy ceiling and the CSV. pytest-benchmark keeps its own JSON (`ARGS=--benchmark-json=...`).
@@ -22,7 +22,7 @@ SETTINGS = " ".join(f"{name}={value}" for name, value in KEEP_MEMORY.items())
 
 @pytest.mark.skipif("MALLOC_TRIM_THRESHOLD_" not in os.environ, reason=f"run `make bench`, or set {SETTINGS}")
 @pytest.mark.skipif("cpu" not in stg_kernels.native_devices(), reason="stg_kernels._C was not built")
-@pytest.mark.parametrize("implementation", ["native", "eager"])
+@pytest.mark.parametrize("implementation", ["native", "diffusers", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("op", [case.op for case in cases(replace(SHAPE, tokens=1), 2, torch.float32, "cpu")])

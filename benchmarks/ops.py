@@ -1,8 +1,9 @@
-"""Every op at true shapes: against eager torch, torch.compile, and a copy of as many bytes, all in one run.
+"""Every op at true shapes: against diffusers, eager torch, torch.compile, and a copy of as many bytes, all in one run.
 
 `python -m benchmarks.ops` appends rows to results/ops.csv. On a CUDA device at each model's full token count, kernel
 times with a cold L2 (triton.testing.do_bench); on a CPU at 1,024 tokens of the models that have up to 2,048 channels.
-No row is written for an implementation whose error against float64 is more than twice that of eager torch.
+No row is written for an implementation whose error against float64 is more than twice that of eager torch. diffusers
+rounds between operations and is a baseline alone: there ROUNDINGS roundings of the largest result are allowed.
 """
 
 from __future__ import annotations
@@ -21,22 +22,24 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from benchmarks import record
+from benchmarks import ltx_in_diffusers, record
 from benchmarks.shapes import SHAPES, Shape
 
 # glibc gives large temporaries back and maps them anew in every call: most of eager torch's time at 25 MB, which says
 # nothing of kernels (norm_modulate, 3 x 1,024 x 2,048 float32: 36 ms, with memory kept 8 ms).
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
+ROUNDINGS = 8
 CPU_TOKENS, CPU_CHANNELS, CPU_SECONDS = 1024, 2048, 0.5
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op: its arguments by name, and the bytes that it must move."""
+    """One call of an op: its arguments by name, the bytes that it must move, and whether the model is LTX-Video."""
 
     op: str
     arguments: dict[str, Any]
     moved: int
+    is_ltx: bool
 
 
 def cases(shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -48,32 +51,34 @@ def cases(shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> 
 
     c, s = shape.channels, shape.tokens
     x, y, scale, shift, gate = normal(rows, s, c), normal(rows, s, c), *(normal(1, 1, c) for _ in range(3))
-    one = x.numel() * x.element_size()
+    one, is_ltx = x.numel() * x.element_size(), shape.model.startswith("LTX-Video")
     norm = {"subtract_mean": shape.layer_norm}
-    yield Case("norm_modulate", {"x": x, "scale": scale, "shift": shift, **norm}, 2 * one)
-    yield Case("residual_gate", {"x": x, "y": y, "gate": gate}, 3 * one)
+    yield Case("norm_modulate", {"x": x, "scale": scale, "shift": shift, **norm}, 2 * one, is_ltx)
+    yield Case("residual_gate", {"x": x, "y": y, "gate": gate}, 3 * one, is_ltx)
     modulation = {"gate": gate, "scale": scale, "shift": shift}
-    yield Case("residual_gate_norm_modulate", {"x": x, "y": y, **modulation, **norm}, 4 * one)
+    yield Case("residual_gate_norm_modulate", {"x": x, "y": y, **modulation, **norm}, 4 * one, is_ltx)
     q, k = (t.unflatten(-1, (shape.heads, shape.head_size)) for t in (x, y))
     weight = normal(shape.head_size if shape.per_head else c)
     angles = normal(1, s, 1 if shape.per_head else shape.heads, shape.head_size // 2, kind=torch.float32)
     table = {"cos": angles.cos(), "sin": angles.sin(), "per_head": shape.per_head}
     weights = {"q_weight": weight, "k_weight": weight}
-    yield Case("qk_norm_rope", {"q": q, "k": k, **weights, **table}, 4 * one + 8 * angles.numel())
+    yield Case("qk_norm_rope", {"q": q, "k": k, **weights, **table}, 4 * one + 8 * angles.numel(), is_ltx)
     predictions = normal(rows, s, shape.latent)
     scales = torch.tensor([4.0, 0.7, *[1.0] * (rows - 2)], device=device)
     moved = predictions.numel() * predictions.element_size() * (rows + 1) // rows
     if rows > 1:
         guidance = {"rows": predictions, "scales": scales, "has_uncond": True}
-        yield Case("combine_guidance", {**guidance, "rescale": True}, moved)
+        yield Case("combine_guidance", {**guidance, "rescale": True}, moved, is_ltx)
 
 
 def implementations(case: Case, compile_too: bool) -> dict[str, Callable[[], Any]]:
-    """Name -> call. "eager" is the reference: plain torch operations, float32 inside."""
+    """Name -> call. "eager" is the reference: plain torch operations, float32 inside. "diffusers": for LTX-Video."""
     module = import_module(f"stg_kernels.{'residual_gate' if 'residual' in case.op else case.op}.reference")
     eager = getattr(module, case.op)
     device = next(v for v in case.arguments.values() if isinstance(v, Tensor)).device
     calls: dict[str, Callable[[], Any]] = {"eager": lambda: eager(**case.arguments)}
+    if case.is_ltx:
+        calls["diffusers"] = ltx_in_diffusers.expression(case.op, case.arguments)
     if compile_too:
         compiled = torch.compile(eager, dynamic=False)
         calls["compile"] = lambda: compiled(**case.arguments)
@@ -123,14 +128,17 @@ def measure(case: Case, shape: Shape, rows: int, dtype: torch.dtype, compile_too
     source = torch.empty(case.moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy_seconds, _ = timed(lambda: target.copy_(source), device)
-    measured, eager_seconds = [], 0.0
+    measured, baselines = [], {}
     for name, call in calls.items():
-        passed = errors[name] <= 2 * (errors["eager"] + rounding)
+        limit = ROUNDINGS * rounding if name == "diffusers" else 2 * (errors["eager"] + rounding)
+        passed = errors[name] <= limit
         seconds, iqr = timed(call, device)
-        eager_seconds = seconds if name == "eager" else eager_seconds
+        if passed and name in record.BASELINES:
+            baselines[name] = seconds
         speed, copy = case.moved / seconds / 1e9, case.moved / copy_seconds / 1e9
-        verdict = f"{eager_seconds / seconds:5.2f}x eager, {speed / copy:4.2f} of copy" if passed else "PARITY GATE RED"
-        print(f"{case.op:28} {name:8} {rows} x {shape.model:30} {str(dtype)[6:]:9} {seconds * 1e6:9.1f} us  {verdict}")
+        ratios = ", ".join(f"{baseline / seconds:5.2f}x {other}" for other, baseline in baselines.items())
+        verdict = f"{ratios}, {speed / copy:4.2f} of copy" if passed else "PARITY GATE RED"
+        print(f"{case.op:28} {name:9} {rows} x {shape.model:30} {str(dtype)[6:]:9} {seconds * 1e6:9.1f} us  {verdict}")
         if passed:
             measured.append(
                 record.OpRow(

@@ -16,6 +16,7 @@ from stg_engine.plan import build_plans
 
 README = Path(__file__).parents[1] / "README.md"
 YES, NO = "yes", "planned"
+BASELINES = {"diffusers": "diffusers", "eager": "reference"}
 
 # model, blocks, published skip, uncond branch, supported
 PUBLISHED = [
@@ -71,19 +72,21 @@ def speed_table() -> str:
 
 
 def ops_table() -> str:
-    """Each op with three rows: eager torch against the implementation that is used on the device."""
-    lines = ["| op | model | dtype | eager torch | stg_kernels | ratio | of copy speed | measured on |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    """Each op with three rows: the first of `record.BASELINES` of the same commit against the implementation in use."""
+    lines = ["| op | model | dtype | baseline | its time | stg_kernels | ratio | of copy speed | measured on |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     rows = [row for row in record.read(record.RESULTS / "ops.csv", record.OpRow) if row.rows == 3]
     latest = {(row.op, row.model, row.dtype, row.device, row.threads, row.implementation): row for row in rows}
     for key, row in latest.items():
-        eager = latest.get((*key[:-1], "eager"))
-        if row.implementation not in ("native", "fused") or eager is None:
+        candidates = (latest.get((*key[:-1], name)) for name in record.BASELINES)
+        baseline = next((other for other in candidates if other is not None and other.commit == row.commit), None)
+        if row.implementation not in ("native", "fused") or baseline is None:
             continue
-        times = f"{eager.seconds * 1e3:.2f} ms | {row.seconds * 1e3:.2f} ms | {eager.seconds / row.seconds:.1f}x"
+        times = f"{baseline.seconds * 1e3:.2f} ms | {row.seconds * 1e3:.2f} ms | {baseline.seconds / row.seconds:.1f}x"
         where = f"{row.device}, {row.threads} thread{'s' * (row.threads > 1)}, commit {row.commit}"
         copy = f"{row.gb_per_second / row.copy_gb_per_second:.2f}"
-        lines.append(f"| `{row.op}` | {row.model} | {row.dtype} | {times} | {copy} | {where} |")
+        case = f"`{row.op}` | {row.model} | {row.dtype} | {BASELINES[baseline.implementation]}"
+        lines.append(f"| {case} | {times} | {copy} | {where} |")
     return "\n".join(lines)
 
 

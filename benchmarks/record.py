@@ -17,6 +17,8 @@ import stg_engine
 from stg_engine.env import processor
 
 RESULTS = Path(__file__).parent / "results"
+BASELINES = ("diffusers", "eager")
+"""Implementations of an op that others are compared with; the README takes the first one that a run has."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Row:
 class OpRow:
     """One op at one model's shape: median seconds of one call, and its quartile range.
 
-    implementation  "fused" (Triton), "native" (C++/CUDA), "eager" (plain torch) or "compile" (torch.compile of it)
+    implementation  "fused" (Triton), "native" (C++/CUDA), "diffusers" (what its modules run), "eager" (the reference:
+                    plain torch, float32 inside) or "compile" (torch.compile of the reference)
     gb_per_second   bytes that must be read and written once / seconds
     copy_gb_per_second   what a copy of as many bytes reached in the same run
     error, budget   largest error against float64: the implementation's, eager's
