@@ -162,35 +162,42 @@ def measure(case: Case, shape: Shape, rows: int, dtype: torch.dtype, compile_too
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, choices=["cpu", "cuda"])
     parser.add_argument("--models", default="", help="only models whose name begins with this")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 3], help="rows of a forward")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--compile", action="store_true", help="torch.compile of the eager form, too")
     parser.add_argument("--out", default=str(record.RESULTS / "ops.csv"), help="CSV file to append to")
     options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cpu" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-        command = [sys.executable, "-m", "benchmarks.ops", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, **KEEP_MEMORY})
+    device, out = torch.device(options.device), record.Path(options.out)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda is not allowed: torch finds no CUDA device here")
+    if not out.absolute().parent.is_dir():
+        parser.error(f"--out {options.out!r} is not allowed: its folder is not there")
     shapes = [shape for shape in SHAPES if shape.model.startswith(options.models)]
     if not shapes:
         parser.error(f"--models {options.models!r} is none of {', '.join(shape.model for shape in SHAPES)}")
     if min(options.rows) < 1:
         parser.error(f"--rows {min(options.rows)} is not allowed; at least 1 (guidance is timed from 2 on)")
     if device.type == "cpu":
-        small = [shape for shape in shapes if shape.channels <= CPU_CHANNELS]
         shapes = [
             replace(shape, model=f"{shape.model.split(',')[0]}, {CPU_TOKENS} tokens", tokens=CPU_TOKENS)
-            for shape in small
+            for shape in shapes
+            if shape.channels <= CPU_CHANNELS
         ]
+        if not shapes:
+            parser.error(f"--models {options.models!r} needs --device cuda: more than {CPU_CHANNELS} channels")
+        if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+            command = [sys.executable, "-m", "benchmarks.ops", *sys.argv[1:]]
+            os.execve(sys.executable, command, {**os.environ, **KEEP_MEMORY})
+    if 1 in options.rows:
+        print("combine_guidance combines two rows or more: not timed with 1")
     for shape in shapes:
         for dtype in options.dtype:
             for rows in options.rows:
                 for case in cases(shape, rows, getattr(torch, dtype), device):
-                    record.append(
-                        record.Path(options.out), *measure(case, shape, rows, getattr(torch, dtype), options.compile)
-                    )
+                    record.append(out, *measure(case, shape, rows, getattr(torch, dtype), options.compile))
 
 
 if __name__ == "__main__":
