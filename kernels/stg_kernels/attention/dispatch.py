@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from timeit import repeat
 from typing import Any
 
 import torch
@@ -164,9 +165,7 @@ def measure(call: Any, device: torch.device) -> float:
         from triton.testing import do_bench
 
         return do_bench(call, warmup=25, rep=100, return_mode="median") / 1e3
-    from torch.utils.benchmark import Timer
-
-    return statistics.median(Timer("call()", globals={"call": call}).repeat(REPEATS, 1))
+    return statistics.median(repeat(call, number=1, repeat=REPEATS))
 
 
 def used() -> dict[str, str]:
