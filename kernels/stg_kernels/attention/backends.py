@@ -47,7 +47,7 @@ def _sdpa(part: Part, kernel: SDPBackend | None = None) -> Tensor:
     if part.key_lengths is not None:
         is_there = _is_there(part, part.key_lengths)
         mask = is_there[:, None, None]
-        v = v.masked_fill(~is_there[:, None, :, None], 0.0)
+        k, v = (x.masked_fill(~is_there[:, None, :, None], 0.0) for x in (k, v))  # NaN would outlive the mask
     if kernel is None:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=part.scale)
     else:
