@@ -22,10 +22,28 @@ def arguments(dtype=torch.float32):
     scales, dt = torch.tensor([3.0, 0.7, 1.0], device=DEVICE), torch.tensor([-0.1], device=DEVICE)
     return {
         "combine_guidance": (rows, scales, True, True, False, True, None, latents, dt),
+        "branch_attention": attention_arguments(dtype)["everything"],
         "norm_modulate": (x, table, table, vector, vector, 1e-6, True, row_map),
         "residual_gate": (x, y, table, row_map, keep),
         "residual_gate_norm_modulate": (x, y, table, table, table, vector, vector, 1e-6, False, row_map, keep),
         "qk_norm_rope": (q, q, vector, vector, vector, vector, angles, angles, 1e-6, False, True, True, row_map),
+    }
+
+
+def attention_arguments(dtype=torch.float32):
+    """Of branch_attention, by feature; q, k and v are views into packed ones."""
+    new = Inputs(dtype)
+    (q, k, v), (one_k, one_v) = new.normal(3, 5, 3, 2, 16).unbind(2), new.normal(1, 4, 2, 2, 16).unbind(2)
+    lengths = torch.tensor([3, 0, 5], dtype=torch.int32, device=DEVICE)
+    return {
+        "dense": (q, k, v),
+        "one row for all": (q, one_k, one_v, None, lengths[:1]),
+        "lengths": (q, k, v, None, lengths),
+        "values": (q, k, v, None, None, [0, 1, 2]),
+        "own keys": (q, k, v, None, None, None, [1], [2, 4]),
+        "pinned": (q, k, v, [1, 1, 1], None, None, None, None, 0.3, "torch"),
+        "everything": (q, k, v, [2, 0, 0], lengths, [0], [1], [0, 2], 0.3, None),
+        "no queries": (q[:, :0], k, v),
     }
 
 
@@ -34,6 +52,31 @@ def arguments(dtype=torch.float32):
 def test_opcheck(name, dtype):
     op = getattr(torch.ops.stg, name).default
     torch.library.opcheck(op, arguments(dtype)[name], test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", attention_arguments())
+def test_opcheck_of_attention(name):
+    """The result is contiguous, no view of an argument, and new even where it is a copy of the values."""
+    call = attention_arguments(torch.bfloat16)[name]
+    op = torch.ops.stg.branch_attention.default
+    torch.library.opcheck(op, call, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    assert op(*call).is_contiguous()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_attention_compiles_whole(backend):
+    def guided(qkv, lengths):
+        q, k, v = qkv.unbind(2)
+        skips = {"value_rows": [2], "own_key_rows": (1,), "text": (0, 2)}
+        mixed = stg_kernels.branch_attention(q, k, v, **skips, key_lengths=lengths)
+        shared = stg_kernels.branch_attention(mixed, k[:1], v[:1], scale=0.5, backend="torch")
+        return stg_kernels.branch_attention(shared, k, v, kv_rows=[0, 0, 1])
+
+    compiled = torch.compile(guided, backend=backend, fullgraph=True, dynamic=True)
+    new = Inputs(torch.bfloat16)
+    for tokens in (5, 9):
+        call = new.normal(3, tokens, 3, 2, 16), torch.tensor([3, 5, 1], dtype=torch.int32, device=DEVICE)
+        assert torch.equal(compiled(*call), guided(*call))
 
 
 def test_guidance_dtypes_of_fakes():
@@ -125,6 +168,66 @@ WRONG = [
 ]
 
 
+LENGTHS = torch.ones(2, dtype=torch.int32)
+HERE = r"must be int32 \[2\] on cpu"
+WRONG_ATTENTION = [
+    ({"q": [1.0]}, TypeError, r"q=\[1.0\] is not allowed; it must be a tensor"),
+    ({"v": Q.int()}, ValueError, "v has dtype torch.int32; it must be a floating point"),
+    (
+        {"q": Q.to(torch.float8_e5m2)},
+        ValueError,
+        "q has dtype torch.float8_e5m2; it must be float32, bfloat16, float16",
+    ),
+    ({"q": Q[0]}, ValueError, r"q has shape \(3, 2, 4\); it must be \[R, S, N, D\]"),
+    ({"k": Q[0]}, ValueError, r"k has shape \(3, 2, 4\); it must be \[T, K, 2, 4\]"),
+    ({"k": Q[:, :, :1]}, ValueError, r"k has shape \(2, 3, 1, 4\); it must be \[T, K, 2, 4\]"),
+    ({"v": Q[:, :2]}, ValueError, r"v has shape \(2, 2, 2, 4\); it must be \[T, K, 2, 4\] as k and v"),
+    ({"k": Q.half()}, ValueError, "k is torch.float16 on cpu; it must be torch.float32 on cpu, as q is"),
+    ({"v": Q.to("meta")}, ValueError, "v is torch.float32 on meta; it must be torch.float32 on cpu"),
+    ({"q": Q.mT.contiguous().mT}, ValueError, "q has stride 2 in its last dimension; it must be 1"),
+    (
+        {"k": torch.ones(3, 3, 2, 4), "v": torch.ones(3, 3, 2, 4)},
+        ValueError,
+        "k has 3 rows; .* must have 2, as q, or 1",
+    ),
+    ({"kv_rows": [0]}, ValueError, r"kv_rows=\[0\] is not allowed; it must have one entry per row of q, 2"),
+    ({"kv_rows": [0, 2]}, ValueError, r"kv_rows=\[0, 2\] is not allowed; its values must be integers from 0 to 1"),
+    ({"kv_rows": [0, -1]}, ValueError, r"kv_rows=\[0, -1\] is not allowed"),
+    ({"kv_rows": [0, True]}, ValueError, r"kv_rows=\[0, True\] is not allowed"),
+    ({"key_lengths": LENGTHS.long()}, ValueError, f"key_lengths is torch.int64 .2,. on cpu; it {HERE}"),
+    ({"key_lengths": LENGTHS[:1]}, ValueError, f"key_lengths is torch.int32 .1,. on cpu; it {HERE}"),
+    ({"key_lengths": LENGTHS.to("meta")}, ValueError, f"key_lengths is torch.int32 .2,. on meta; it {HERE}"),
+    ({"value_rows": [2]}, ValueError, r"value_rows=\[2\] is not allowed; its values must be integers from 0 to 1"),
+    ({"own_key_rows": [1.0], "text": (0, 1)}, ValueError, r"own_key_rows=\[1.0\] is not allowed"),
+    (
+        {"own_key_rows": [1], "value_rows": [1]},
+        ValueError,
+        r"own_key_rows=\[1\] is not allowed; value_rows=\[1\] must be",
+    ),
+    ({"value_rows": [1], "q": Q[:, :2]}, ValueError, "k has 3 tokens; with value_rows or own_key_rows it must have 2"),
+    ({"own_key_rows": [1]}, ValueError, r"text=None and own_key_rows=\[1\] go together"),
+    ({"text": (0, 1)}, ValueError, r"text=\(0, 1\) and own_key_rows=\[\] go together"),
+    (
+        {"own_key_rows": [1], "text": (0, 4)},
+        ValueError,
+        r"text=\(0, 4\) is not allowed; .* 0 <= first <= last \+ 1 <= 3",
+    ),
+    ({"own_key_rows": [1], "text": (2, 1)}, ValueError, r"text=\(2, 1\) is not allowed"),
+    ({"own_key_rows": [1], "text": (0, 1, 2)}, ValueError, r"text=\(0, 1, 2\) is not allowed"),
+    ({"scale": 0.0}, ValueError, "scale=0.0 is not allowed; it must be a finite number above 0"),
+    ({"scale": float("inf")}, ValueError, "scale=inf is not allowed"),
+    ({"scale": float("nan")}, ValueError, "scale=nan is not allowed"),
+    ({"backend": "cuda"}, ValueError, "attention backend 'cuda' is not allowed; choose one of sdpa, sdpa/cudnn"),
+    ({"backend": "sdpa/cudnn"}, RuntimeError, "'sdpa/cudnn' cannot run .*CUDNN_ATTENTION is for CUDA tensors"),
+]
+
+
+@pytest.mark.parametrize(("given", "kind", "message"), WRONG_ATTENTION, ids=range(len(WRONG_ATTENTION)))
+def test_wrong_arguments_of_attention(given, kind, message):
+    with pytest.raises(kind, match=message):
+        stg_kernels.branch_attention(**{"q": Q, "k": Q, "v": Q} | given)
+
+
 @pytest.mark.parametrize(("call", "kind", "message"), WRONG, ids=range(len(WRONG)))
 def test_wrong_arguments(call, kind, message):
     with pytest.raises(kind, match=message):
@@ -148,7 +251,11 @@ def test_gradients_are_refused():
     x = X.clone().requires_grad_()
     with torch.enable_grad(), pytest.raises(RuntimeError, match="norm_modulate has no gradients"):
         stg_kernels.norm_modulate(x)
+    q = Q.clone().requires_grad_()
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="branch_attention has no gradients"):
+        stg_kernels.branch_attention(Q, Q, q)
     with torch.no_grad():
+        assert not stg_kernels.branch_attention(Q, Q, q).requires_grad
         assert not stg_kernels.norm_modulate(x).requires_grad
 
 
@@ -156,6 +263,11 @@ def test_float64_runs_the_reference():
     x = X.double() * torch.arange(1, 9)
     assert stg_kernels.norm_modulate(x).dtype == torch.float64
     assert torch.equal(stg_kernels.norm_modulate(x), stg_kernels.norm_modulate(x, impl="reference"))
+    q = torch.randn(2, 3, 2, 4, dtype=torch.float64)
+    assert torch.equal(
+        stg_kernels.branch_attention(q, q, q), stg_kernels.branch_attention(q, q, q, backend="reference")
+    )
+    assert stg_kernels.branch_attention(q, q, q, backend="torch").dtype == torch.float64
 
 
 def test_import_is_light():
