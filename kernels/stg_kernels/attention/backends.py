@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from stg_kernels.attention import reference
-from stg_kernels.attention.parts import Part
+from stg_kernels.attention.parts import Part, of_rows
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ def spread(part: Part) -> tuple[Tensor, Tensor, Tensor]:
     if part.shared_row:
         return q.reshape(1, -1, *q.shape[2:]), k, v
     if part.kv_rows is not None:
-        rows = list(part.kv_rows)
-        return q, k[rows], v[rows]
+        return q, of_rows(k, part.kv_rows), of_rows(v, part.kv_rows)
     return q, k, v
 
 
@@ -62,7 +61,7 @@ def _is_there(part: Part, key_lengths: Tensor) -> Tensor:
     """[rows of `spread`, K]"""
     position = torch.arange(part.k.shape[1], device=part.k.device) + part.key_start
     is_there = position < key_lengths[:, None]
-    return is_there if part.kv_rows is None or part.shared_row else is_there[list(part.kv_rows)]
+    return is_there if part.kv_rows is None or part.shared_row else of_rows(is_there, part.kv_rows)
 
 
 def _rows_apart(part: Part, key_lengths: Tensor) -> Tensor:

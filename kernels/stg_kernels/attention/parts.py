@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 
@@ -45,6 +46,11 @@ class Part:
         return self.kv_rows is not None and len(set(self.kv_rows)) == 1
 
 
+def of_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy of these rows. `x[[...]]` would wait for a GPU, to which it copies the list."""
+    return torch.stack([x[row] for row in rows])
+
+
 def split(
     q: Tensor,
     k: Tensor,
@@ -71,7 +77,7 @@ def split(
             lengths = None if key_lengths is None else key_lengths[kept]
             mapping = None if len(values) == len(members) else (0,) * len(members)
         if kind == "value":
-            yield at, slice(None), values if mapping is None else values[list(mapping)]
+            yield at, slice(None), values if mapping is None else of_rows(values, mapping)
             continue
         part = Part(q[at], keys, values, scale, mapping, lengths)
         if kind == "all" or text is None:
