@@ -34,7 +34,6 @@ import stg_kernels
 import torch
 from stg_kernels.attention import dispatch
 from stg_kernels.attention.backends import backends
-from stg_kernels.attention.choices import kind_of
 from stg_kernels.attention.parts import Part, split
 from torch import Tensor
 
@@ -197,8 +196,7 @@ def backend_rows(
             red = f"PARITY GATE RED: error {error:.2e}, allowed {sample.budget:.2e}"
             clock.line(case, backend.name, rows, red)
         else:
-            ran = dispatch.used()[str(kind_of(part))].removesuffix(", measured")
-            name = ran if backend.is_exact else f"{ran} (lossy)"
+            name = dispatch.ran(part) + " (lossy)" * (not backend.is_exact)
             size = (rows, queries, part.k.shape[1])
             yield clock.row(case, name, partial(backend.run, part), size, flops(part), error, sample.budget)
 
@@ -215,7 +213,7 @@ def measure(case: str, given: dict[str, Any], clock: Clock, lossy: bool) -> tupl
     call = partial(stg_kernels.branch_attention, **given)
     with dispatch.tuning():
         result = call()
-    ran = dict.fromkeys(dispatch.used()[str(kind_of(part))].removesuffix(", measured") for _, _, part in parts)
+    ran = dict.fromkeys(dispatch.ran(part) for _, _, part in parts)
     name = f"dispatch: {' + '.join(ran)}"
     checks = [
         (sample.error(result[rows, queries]), sample.budget)
@@ -262,7 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--tokens {options.tokens} is not allowed; at least 1")
     if not options.out.parent.is_dir() or options.out.is_dir():
         parser.error(f"--out {options.out} is not allowed; it must be a file in a folder that exists")
-    if "STG_ATTENTION" in os.environ:
+    if os.environ.get("STG_ATTENTION"):
         parser.error(f"STG_ATTENTION={os.environ['STG_ATTENTION']} pins a backend; unset it")
     options.dtype = options.dtype or ["bfloat16" if options.device == "cuda" else "float32"]
     options.tokens = options.tokens or (CPU_TOKENS if options.device == "cpu" else None)

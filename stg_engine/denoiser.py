@@ -245,6 +245,7 @@ class Denoiser:
             return {"is_padded": False}
         lengths = self.memo.get("lengths", (mask,), lambda: key_lengths(mask))
         if not lengths.numel():
+            self.fusion.has_masks = True
             return {}
         if lengths.min() == mask.shape[1]:
             return {"is_padded": False}

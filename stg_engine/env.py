@@ -90,9 +90,13 @@ def _attention_priority() -> str:
 def _attention_choices() -> str:
     """The pinned backend, or how many choices were measured, and the file that holds them."""
     from stg_kernels.attention.choices import Choices, file
+    from stg_kernels.attention.dispatch import named
 
-    if "STG_ATTENTION" in os.environ:
-        return f"STG_ATTENTION={os.environ['STG_ATTENTION']}"
+    if pinned := os.environ.get("STG_ATTENTION"):
+        try:
+            return "pinned: " + ", ".join(backend.name for backend in named(pinned))
+        except ValueError as error:
+            return str(error)
     return f"{len(Choices().all())} measured, in {file()}"
 
 

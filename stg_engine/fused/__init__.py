@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,10 +22,13 @@ class Fusion:
              `forward(run, index, block, ...)`, or None
     kernels  "auto" or "off"
     used     what the last choice was, in words; `is_on` is True if it was the fused forward in any block
+    has_masks   set to True where a prompt's mask is more than padding behind it, and attention is diffusers'
+
+    Raises `ValueError` if `$STG_ATTENTION` names no backend.
     """
 
     def __init__(self, family: str | None, kernels: str) -> None:
-        self.used, self.is_on = "none yet", False
+        self.used, self.is_on, self.has_masks = "none yet", False, False
         self._why_not = ""
         if kernels == "off":
             self._why_not = "kernels='off'"
@@ -32,14 +36,21 @@ class Fusion:
             self._why_not = "no fused form of this family"
         elif find_spec("stg_kernels") is None:
             self._why_not = "stg_kernels is not installed"
+        if not self._why_not and (pinned := os.environ.get("STG_ATTENTION")):
+            import_module("stg_kernels.attention.dispatch").named(pinned)  # a ValueError before anything runs
         self._family = None if self._why_not else import_module(f"stg_engine.fused.{family}")
 
     def attention(self) -> tuple[str, ...]:
         """Per kind of attention, the backend that fused blocks ran since `forget_attention`, in this process."""
         dispatch = sys.modules.get("stg_kernels.attention.dispatch")
-        return () if dispatch is None else tuple(f"{kind}: {backend}" for kind, backend in dispatch.used().items())
+        lines = [] if dispatch is None else [f"{kind}: {backend}" for kind, backend in dispatch.used().items()]
+        if self.has_masks:
+            lines.append("a prompt whose mask is more than padding behind it: diffusers")
+        return tuple(lines)
 
     def forget_attention(self) -> None:
+        """`attention()` begins anew."""
+        self.has_masks = False
         dispatch = sys.modules.get("stg_kernels.attention.dispatch")
         if dispatch is not None:
             dispatch.forget_used()

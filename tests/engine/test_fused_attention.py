@@ -142,7 +142,7 @@ def test_a_pinned_backend_runs_and_is_reported(monkeypatch):
     pipe = tiny_pipeline()
     with stg_engine.attach(pipe, CONFIG) as engine:
         latents_of(pipe)
-    assert {line.split(": ")[1] for line in engine.report().attention} == {"torch"}
+    assert {line.split(": ")[1] for line in engine.report().attention} == {"torch, pinned"}
     assert "attention  up to" in str(engine.report())
     monkeypatch.setenv("STG_ATTENTION", "sdpa/flash")
     with stg_engine.attach(pipe, CONFIG), pytest.raises(RuntimeError, match=r"'sdpa/flash' cannot run .* CUDA tensors"):
@@ -166,9 +166,37 @@ def test_tuning_measures_in_a_pipeline_and_keeps_the_choice(monkeypatch, tmp_pat
     pipe = tiny_pipeline()
     with stg_engine.attach(pipe, CONFIG) as engine:
         with stg_engine.tuning():
-            latents_of(pipe, num_inference_steps=1)
+            latents_of(pipe, num_inference_steps=2)
         latents_of(pipe)
     assert CALL["num_inference_steps"] == engine.report().steps
     assert all(line.endswith("fast, measured") for line in engine.report().attention)
     stored = json.loads((tmp_path / "attention.json").read_text())
     assert {entry["backend"] for entry in stored} == {"fast"}
+
+
+def test_an_unknown_backend_is_refused_on_attach(monkeypatch):
+    monkeypatch.setenv("STG_ATTENTION", "torch,foo")
+    with pytest.raises(ValueError, match="attention backend 'foo' is not allowed; choose from sdpa"):
+        stg_engine.attach(tiny_pipeline(), CONFIG)
+
+
+def test_the_report_says_that_diffusers_has_the_masks():
+    shared, cond, uncond = tiny_inputs(2)
+    cond["encoder_attention_mask"] = uncond["encoder_attention_mask"] = MASKS["left"]
+    with Denoiser(tiny_transformer(), CONFIG) as engine:
+        engine(shared, cond, uncond, guidance_scale=3.0)
+        assert engine.fusion.attention()[-1].endswith("more than padding behind it: diffusers")
+
+
+@pytest.mark.parametrize("why", ["kernels", "pinned", "no_guided_step"])
+def test_tuning_that_measures_nothing_warns(monkeypatch, why):
+    if why == "pinned":
+        monkeypatch.setenv("STG_ATTENTION", "sdpa")
+    config = STGConfig(layers=(2,), start=0.9) if why == "no_guided_step" else CONFIG
+    pipe = tiny_pipeline()
+    with (
+        stg_engine.attach(pipe, config, kernels="off" if why == "kernels" else "auto"),
+        pytest.warns(UserWarning, match="nothing to measure"),
+        stg_engine.tuning(),
+    ):
+        latents_of(pipe, num_inference_steps=2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -39,7 +41,8 @@ def branch_attention(
     text          first and last + 1 token of the text in a joint sequence
     scale         None: D^-0.5
     backend       None: `$STG_ATTENTION` if set, else the one measured fastest, see `tuning`; a name pins one: a family
-                  ("sdpa", "triton", "flash-attn-3", ...) or a member ("sdpa/cudnn", "triton/128x64", ...)
+                  ("sdpa", "triton", "flash-attn-3", ...) or a member ("sdpa/cudnn", "triton/128x64", ...), or the
+                  first of several that can run, "sage,sdpa"; "reference" is the specification
 
     Float32 scores, softmax and sums. No gradients. Raises `ValueError` for shapes, dtypes, rows or names other than
     these, `RuntimeError` that says why if the pinned backend cannot run.
@@ -56,6 +59,8 @@ def branch_attention(
         raise ValueError(f"k has {k.shape[0]} rows; without kv_rows it must have {rows}, as q, or 1")
     if kv_rows is not None and len(kv_rows) != rows:
         raise ValueError(f"kv_rows={kv_rows} is not allowed; it must have one entry per row of q, {rows}")
+    if key_lengths is not None and not isinstance(key_lengths, Tensor):
+        raise TypeError(f"key_lengths={key_lengths!r} is not allowed; it must be a tensor")
     if key_lengths is not None and (
         key_lengths.dtype != torch.int32 or key_lengths.shape != k.shape[:1] or key_lengths.device != q.device
     ):
@@ -72,14 +77,15 @@ def branch_attention(
         raise ValueError(f"k has {k.shape[1]} tokens; with value_rows or own_key_rows it must have {tokens}, as q")
     if bool(own_key_rows) != (text is not None):
         raise ValueError(f"text={text} and own_key_rows={own_key_rows} go together; pass both or neither")
-    if text is not None and (len(text) != 2 or not 0 <= text[0] <= text[1] <= tokens):
+    borders = None if text is None else _integers("text", text, tokens + 1)
+    if borders is not None and (len(borders) != 2 or borders[0] > borders[1]):
         raise ValueError(
             f"text={text} is not allowed; it must be (first, last + 1) with 0 <= first <= last + 1 <= {tokens}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale={scale} is not allowed; it must be a finite number above 0")
-    arguments = (q, k, v, kv_rows, key_lengths, value_rows, own_key_rows, text, scale)
+    arguments = (q, k, v, kv_rows, key_lengths, value_rows, own_key_rows, borders, scale)
     if backend == "reference" or (q.dtype == torch.float64 and backend is None):
         from stg_kernels.attention import reference  # loaded when it runs, as those of other ops
 
@@ -102,8 +108,11 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} has stride {x.stride(-1)} in its last dimension; it must be 1")
 
 
-def _integers(name: str, values: Sequence[int], count: int) -> list[int]:
-    values = list(values)
-    if any(isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count for value in values):
-        raise ValueError(f"{name}={values} is not allowed; its values must be integers from 0 to {count - 1}")
-    return values
+def _integers(name: str, values: Iterable[SupportsIndex], stop: int) -> list[int]:
+    try:
+        integers = [operator.index(value) for value in values]
+    except TypeError:
+        integers = [-1]
+    if any(not 0 <= value < stop for value in integers):
+        raise ValueError(f"{name}={values} is not allowed; it must be integers from 0 to {stop - 1}")
+    return integers

@@ -107,6 +107,7 @@ class Choices:
         if self._read == source:
             return
         self._read = source
+        self._known.clear()
         for entry in _entries(file()):
             if entry["versions"] == _versions():
                 choice = Choice(entry["backend"], entry["seconds"], entry["refused"])
@@ -116,7 +117,7 @@ class Choices:
 def file() -> Path:
     """`$STG_ATTENTION_CACHE`, else stg_engine/attention.json in the user's cache folder."""
     path, folder = map(os.environ.get, FILE_VARIABLES)
-    return Path(path) if path else Path(folder or Path.home() / ".cache") / "stg_engine" / "attention.json"
+    return Path(path).expanduser() if path else Path(folder or Path.home() / ".cache") / "stg_engine" / "attention.json"
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,8 +27,10 @@ from stg_kernels.attention.parts import Part, split
 REPEATS, SAMPLED_SCORES = 20, 2**26
 
 choices = Choices()
-_ran: dict[Kind, str] = {}
-_is_tuning = False
+_ran: dict[Kind, tuple[str, str, bool]] = {}
+"""The last backend, torch's pick where it has one, and whether it was pinned."""
+_tuned: dict[Kind, int] | None = None
+"""Inside `tuning()`: the rows of the part that a kind was measured with."""
 
 
 def branch_attention(
@@ -57,22 +60,23 @@ def run(part: Part, name: str | None = None) -> Tensor:
     """A part by the pinned or chosen backend, which `used()` names from then on."""
     if part.q.numel() == 0 or part.k.numel() == 0:
         return reference.attention(part)
-    kind = kind_of(part)
-    backend = choose(part, kind, name or os.environ.get("STG_ATTENTION"))
+    kind, pinned = kind_of(part), name or os.environ.get("STG_ATTENTION")
+    backend = first_pinned(part, pinned) if pinned else choose(part, kind)
     result = backend.run(part)
-    if kind not in _ran or _ran[kind].split(" ")[0] != backend.name:
-        _ran[kind] = f"{backend.name}{_picked_by_torch(backend, part)}"
+    if _ran.get(kind, ("", "", False))[::2] != (backend.name, bool(pinned)):
+        _ran[kind] = (backend.name, _picked_by_torch(backend, part), bool(pinned))
     return result
 
 
-def choose(part: Part, kind: Kind, pinned: str | None) -> Backend:
-    """Raises `ValueError` for a pinned name that is none, `RuntimeError` if none of that name can run the part."""
-    if pinned:
-        return _pinned(part, pinned)
+def choose(part: Part, kind: Kind) -> Backend:
+    """The backend that was measured fastest for the kind, if it is there and can run the part, else the first one."""
     choice = choices.get(kind)
-    if choice is None and _is_tuning and not _is_capturing(part.q):
+    rows = part.q.shape[0]
+    is_open = _tuned is not None and (choice is None or kind in _tuned) and rows > _tuned.get(kind, 0)
+    if _tuned is not None and is_open and not _is_capturing(part.q):
         choice = tune(part)
         choices.put(kind, choice)
+        _tuned[kind] = rows
     if choice is not None:
         for backend in backends():
             if backend.name == choice.backend and not backend.why_not(part):
@@ -84,34 +88,57 @@ def _is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _pinned(part: Part, pinned: str) -> Backend:
-    named = [backend for backend in backends() if pinned in (backend.name, backend.name.split("/")[0])]
-    if not named:
-        names = ", ".join(dict.fromkeys(name for b in backends() for name in (b.name.split("/")[0], b.name)))
-        raise ValueError(f"attention backend {pinned!r} is not allowed; choose one of {names}")
+def named(pinned: str) -> list[Backend]:
+    """The backends of a comma-separated list of families and members, in order; `ValueError` for an unknown name."""
+    found = []
+    for name in pinned.split(","):
+        members = [backend for backend in backends() if name.strip() in (backend.name, backend.name.split("/")[0])]
+        if not members:
+            known = ", ".join(dict.fromkeys(name for b in backends() for name in (b.name.split("/")[0], b.name)))
+            raise ValueError(f"attention backend {name.strip()!r} is not allowed; choose from {known}")
+        found += members
+    return found
+
+
+def first_pinned(part: Part, pinned: str) -> Backend:
+    """The first of `named` that can run the part; `RuntimeError` that says why none can."""
+    found = named(pinned)
     if part.own_k is not None:  # no library has them, so that its name says nothing of such rows
-        named += [backend for backend in backends() if backend.name.startswith(("triton/", "torch"))]
-    reasons = {backend.name: backend.why_not(part) for backend in named}
-    for backend in named:
-        if not reasons[backend.name]:
+        found += [backend for backend in backends() if backend.name.startswith(("triton/", "torch"))]
+    reasons: dict[str, list[str]] = {}
+    for backend in found:
+        reason = backend.why_not(part)
+        if not reason:
             return backend
-    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise RuntimeError(f"attention backend {pinned!r} cannot run {kind_of(part)}: {why}")
+        reasons.setdefault(reason, []).append(backend.name)
+    why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+    raise RuntimeError(
+        f"attention backend {pinned!r} cannot run {kind_of(part)} ({why}); '{pinned},sdpa' would run sdpa there"
+    )
 
 
 @contextmanager
-def tuning() -> Iterator[None]:
+def tuning(*, again: bool = False) -> Iterator[None]:
     """Measure every kind of attention that runs inside and has no choice yet, and keep the choices in a file.
 
     The file is `$STG_ATTENTION_CACHE`, else stg_engine/attention.json in the user's cache folder. A kind is device,
-    dtype, heads, head size, row features, and token counts in powers of 2. Not for use from several threads.
+    dtype, heads, head size, row features, and token counts in powers of 2; of several calls the one with the most rows
+    decides. `again` measures kinds that have a choice, too. Warns if nothing ran that could be measured: no fused
+    block, no step with skips, or a backend that is pinned. Not for use from several threads.
     """
-    global _is_tuning
-    before, _is_tuning = _is_tuning, True
+    global _tuned
+    before, _tuned = _tuned, {}
+    if again:
+        _tuned = dict.fromkeys(choices.all(), 0)
+    ran = dict(_ran)
+    _ran.clear()
     try:
         yield
+        if all(pinned for _, _, pinned in _ran.values()):
+            warnings.warn("tuning() had nothing to measure: no attention ran, or its backend is pinned", stacklevel=3)
     finally:
-        _is_tuning = before
+        _tuned = before
+        _ran.update({kind: value for kind, value in ran.items() if kind not in _ran})
 
 
 def tune(part: Part) -> Choice:
@@ -169,11 +196,15 @@ def measure(call: Any, device: torch.device) -> float:
 
 
 def used() -> dict[str, str]:
-    """Per kind of attention that ran since `forget_used`, the last backend; "measured" if it was chosen so."""
-    names = {kind: choice.backend for kind, choice in choices.all().items()}
-    return {
-        str(kind): f"{ran}, measured" if names.get(kind) == ran.split(" ")[0] else ran for kind, ran in _ran.items()
-    }
+    """Per kind of attention that ran since `forget_used`, the last backend and why: pinned, measured, or neither."""
+    measured = {(kind, choice.backend) for kind, choice in choices.all().items() if choice.seconds}
+    why = {kind: "pinned" if pin else "measured" if (kind, n) in measured else "" for kind, (n, _, pin) in _ran.items()}
+    return {str(kind): f"{name}{pick}{', ' * bool(why[kind])}{why[kind]}" for kind, (name, pick, _) in _ran.items()}
+
+
+def ran(part: Part) -> str:
+    """The backend that ran last for parts of this kind, with torch's own pick."""
+    return "".join(_ran[kind_of(part)][:2])
 
 
 def forget_used() -> None:
