@@ -148,6 +148,11 @@ WRONG = [
     (lambda: stg_kernels.qk_norm_rope(Q, Q, cos=torch.ones(1, 3, 1, 2)), ValueError, "cos and sin go together"),
     (lambda: stg_kernels.qk_norm_rope(Q, Q, cos=Q, sin=Q), ValueError, r"cos has shape \(2, 3, 2, 4\); it must be"),
     (
+        lambda: stg_kernels.qk_norm_rope(Q, Q, cos=torch.ones(2, 3, 1, 2), sin=torch.ones(1, 3, 2, 2)),
+        ValueError,
+        r"sin has shape \(1, 3, 2, 2\); it must be \(2, 3, 1, 2\), as cos",
+    ),
+    (
         lambda: stg_kernels.qk_norm_rope(Q, Q, q_weight=torch.ones(4)),
         ValueError,
         r"q_weight has shape \(4,\); it must be \[8\]",

@@ -38,8 +38,8 @@ def qk_norm_rope(
     q, k            [R, S, N, D] float32, bfloat16, float16; one shape and dtype; a token's N * D values contiguous;
                     D even
     weights, biases [N * D], or [D] if per_head; q's dtype or float32
-    cos, sin        float32 [R or 1, S, N or 1, D / 2], one value per pair, a token's values contiguous; both
-                    or neither
+    cos, sin        float32 [R or 1, S, N or 1, D / 2] of one shape, one value per pair, a token's values contiguous;
+                    both or neither
     row_map         int64 [R]: row r takes cos and sin from row row_map[r], values checked on the CPU alone
     impl            None: the best one for the device; "reference", "fused" (Triton), "native" (C++/CUDA)
 
@@ -69,6 +69,8 @@ def qk_norm_rope(
             continue
         check_beside(q, **{name: table})
         check_shape(name, table, rows, (tokens,), (heads, 1), (size // 2,))
+        if table.shape != cos.shape:
+            raise ValueError(f"{name} has shape {tuple(table.shape)}; it must be {tuple(cos.shape)}, as cos")
         if table.dtype != torch.float32 or _strides(table) != _strides(cos):
             raise ValueError(
                 f"{name} is {table.dtype} with strides {table.stride()}; cos and sin must be float32 alike"
