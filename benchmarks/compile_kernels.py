@@ -128,7 +128,14 @@ def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
             rope, words, lambda a=arguments, i=interleaved: rope.qk_norm_rope(q, q, interleaved=i, **a)
         )
     combine, rows, scales = modules["combine_guidance"], new(6, 512, shape.latent), new(3, kind=torch.float32)
-    for options in ({}, {"rescale": True}, {"rescale": True, "over_batch": True}, {"rescale": True, "cfg_star": True}):
+    for options in (
+        {},
+        {"rescale": True},
+        {"rescale": True, "over_batch": True},
+        {"cfg_star": True},
+        {"rescale": True, "cfg_star": True},
+        {"rescale": True, "over_batch": True, "cfg_star": True},
+    ):
         words = f"{form}, {', '.join(options) or 'plain'}"
         yield from overheard(combine, words, lambda o=options: combine.combine_guidance(rows, scales, True, **o))
     euler = {"latents": new(2, 512, shape.latent), "dt": new(1, kind=torch.float32)}

@@ -11,14 +11,47 @@
 
 namespace stg {
 
-// Of cond c, uncond u and v = u + g (c - u) + sum_i s_i (c - p_i): counts, means, sums of squared deviations from them,
-// of products of deviations, and of plain products.
+// Of cond c, uncond u and v = a u + g (c - a u) + sum_i s_i (c - p_i), a being alpha: counts, means, sums of squared
+// deviations from them and of products of deviations; <c, u> and |u|^2. CFG-star's alpha is known when all of a video
+// has been read. Until then each tile takes its own, with which a u is no larger than c: nothing cancels.
 template <typename Real>
 struct GuidanceMoments {
-    Real count, mean_c, m2_c, mean_v, m2_v, mean_u, m2_u, m2_vu, dot_cu, dot_uu;
+    Real count, mean_c, m2_c, mean_v, m2_v, mean_u, m2_u, m2_vu, alpha, dot_cu, dot_uu;
 };
 
+template <typename Real>
+STG_HOST_DEVICE inline Real cfg_star_alpha(Real dot_cu, Real dot_uu)
+{
+    return dot_cu / (dot_uu + Real(1e-8));
+}
+
+// a u + g (c - a u) as n + g (c - n) + beta u with n = near u, which is exact: a u alone would be rounded and that error
+// multiplied by g - 1. Without CFG-star near is 1 and beta 0.
+struct ScaledUncond {
+    float near, beta;
+};
+
+template <typename Real>
+STG_HOST_DEVICE inline ScaledUncond scaled_uncond(Real alpha, Real g)
+{
+    const Real near = alpha > Real(0.5) ? 1 : 0;
+    return {float(near), float((alpha - near) * (1 - g))};
+}
+
+// v as another alpha makes it: (1 - g) (alpha - of.alpha) u is added.
+template <typename Real>
+STG_HOST_DEVICE inline void set_alpha(GuidanceMoments<Real>& of, Real alpha, Real g)
+{
+    const Real beta = (1 - g) * (alpha - of.alpha);
+    const Real m2 = of.m2_v + 2 * beta * of.m2_vu + beta * beta * of.m2_u;
+    of.m2_v = m2 < 0 ? 0 : m2;
+    of.m2_vu += beta * of.m2_u;
+    of.mean_v += beta * of.mean_u;
+    of.alpha = alpha;
+}
+
 // Chan, Golub, LeVeque (1979): no sums of squares that cancel. In place, so that a tree of merges needs no memory.
+// Of c, u, v; both have one alpha.
 template <typename Real>
 STG_HOST_DEVICE inline void merge(GuidanceMoments<Real>& a, const GuidanceMoments<Real>& b)
 {
@@ -34,24 +67,7 @@ STG_HOST_DEVICE inline void merge(GuidanceMoments<Real>& a, const GuidanceMoment
     a.mean_c += c * weight;
     a.mean_v += v * weight;
     a.mean_u += u * weight;
-    a.dot_cu += b.dot_cu;
-    a.dot_uu += b.dot_uu;
     a.count = count;
-}
-
-// CFG-star multiplies u by alpha = <c, u> / (|u|^2 + 1e-8), which adds beta u to v, beta = (alpha - 1) (1 - g).
-template <typename Real>
-STG_HOST_DEVICE inline Real cfg_star_beta(const GuidanceMoments<Real>& of, Real g)
-{
-    return (of.dot_cu / (of.dot_uu + Real(1e-8)) - 1) * (1 - g);
-}
-
-template <typename Real>
-STG_HOST_DEVICE inline void add_beta_u(GuidanceMoments<Real>& of, Real beta)
-{
-    const Real m2 = of.m2_v + 2 * beta * of.m2_vu + beta * beta * of.m2_u;
-    of.m2_v = m2 < 0 ? 0 : m2;
-    of.mean_v += beta * of.mean_u;
 }
 
 // r std(c) / std(v) + 1 - r; the N - 1 of both cancel. A single value has no deviation: NaN, as in torch.
@@ -61,9 +77,9 @@ STG_HOST_DEVICE inline Real rescale_factor(const GuidanceMoments<Real>& of, Real
     return r * sqrt(of.m2_c / of.m2_v) + (1 - r);
 }
 
-// v becomes (v + beta u) * factor.
 struct Correction {
-    float beta, factor;
+    ScaledUncond uncond;
+    float factor;  // of v
 };
 
 }  // namespace stg

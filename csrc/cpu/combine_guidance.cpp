@@ -46,9 +46,9 @@ STG_INLINE inline const T* branch_of(const stg_combine_guidance_params& p, int64
     return static_cast<const T*>(p.rows) + (branch * p.videos + tile.video) * p.elements + tile.start;
 }
 
-// v without CFG-star and rescale: on differences, which lose nothing where the branches are nearly equal.
+// v without rescale: on differences, which lose nothing where the branches are nearly equal.
 template <typename T>
-STG_INLINE inline void guide(const stg_combine_guidance_params& p, const Tile& tile, float* v)
+STG_INLINE inline void guide(const stg_combine_guidance_params& p, const Tile& tile, ScaledUncond scaled, float* v)
 {
     const T* cond = branch_of<T>(p, p.has_uncond, tile);
     if (p.has_uncond) {
@@ -56,9 +56,12 @@ STG_INLINE inline void guide(const stg_combine_guidance_params& p, const Tile& t
         const float g = p.scales[0];
 #pragma omp simd
         for (int64_t i = 0; i < tile.count; ++i) {
-            const float u = to_float(uncond[i]);
+            const float u = scaled.near * to_float(uncond[i]);
             v[i] = u + g * (to_float(cond[i]) - u);
         }
+        if (p.cfg_star)
+#pragma omp simd
+            for (int64_t i = 0; i < tile.count; ++i) v[i] += scaled.beta * to_float(uncond[i]);
     } else {
 #pragma omp simd
         for (int64_t i = 0; i < tile.count; ++i) v[i] = to_float(cond[i]);
@@ -90,32 +93,28 @@ STG_INLINE inline Moments moments_of(const stg_combine_guidance_params& p, const
     Moments of{};
     of.count = double(n);
 
-    float means[3] = {};
-    if (p.rescale) {
-        guide<T>(p, tile, v);
-        const float* values[3] = {c, v, u};
-        for (int i = 0; i < 2 + p.cfg_star; ++i)
-            means[i] = sum(n, [&](int64_t k) STG_INLINE { return values[i][k]; }) / float(n);
-        of.mean_c = means[0], of.mean_v = means[1], of.mean_u = means[2];
+    of.alpha = 1;
+    if (p.cfg_star) {
+        of.dot_cu = sum(n, [&](int64_t i) STG_INLINE { return c[i] * u[i]; });
+        of.dot_uu = sum(n, [&](int64_t i) STG_INLINE { return u[i] * u[i]; });
+        of.alpha = cfg_star_alpha(of.dot_cu, of.dot_uu);
     }
+    if (!p.rescale) return of;
+    guide<T>(p, tile, scaled_uncond(of.alpha, double(p.scales[0])), v);
+    const float* values[3] = {c, v, u};
+    float means[3] = {};
+    for (int i = 0; i < 2 + p.cfg_star; ++i)
+        means[i] = sum(n, [&](int64_t k) STG_INLINE { return values[i][k]; }) / float(n);
+    of.mean_c = means[0], of.mean_v = means[1], of.mean_u = means[2];
     const struct {
-        bool wanted;
-        const float *a, *b;
-        float mean_a, mean_b;
+        int a, b;
         double* out;
-    } products[] = {
-        {p.rescale, c, c, means[0], means[0], &of.m2_c},
-        {p.rescale, v, v, means[1], means[1], &of.m2_v},
-        {p.rescale && p.cfg_star, u, u, means[2], means[2], &of.m2_u},
-        {p.rescale && p.cfg_star, v, u, means[1], means[2], &of.m2_vu},
-        {p.cfg_star, c, u, 0.f, 0.f, &of.dot_cu},
-        {p.cfg_star, u, u, 0.f, 0.f, &of.dot_uu},
-    };
-    for (const auto& product : products)
-        if (product.wanted)
-            *product.out = sum(n, [&](int64_t i) STG_INLINE {
-                return (product.a[i] - product.mean_a) * (product.b[i] - product.mean_b);
-            });
+    } products[] = {{0, 0, &of.m2_c}, {1, 1, &of.m2_v}, {2, 2, &of.m2_u}, {1, 2, &of.m2_vu}};
+    for (int k = 0; k < (p.cfg_star ? 4 : 2); ++k) {
+        const float *a = values[products[k].a], *b = values[products[k].b];
+        const float mean_a = means[products[k].a], mean_b = means[products[k].b];
+        *products[k].out = sum(n, [&](int64_t i) STG_INLINE { return (a[i] - mean_a) * (b[i] - mean_b); });
+    }
     return of;
 }
 
@@ -130,12 +129,16 @@ void correct(const stg_combine_guidance_params& p, const Workspace& workspace)
     const int64_t tiles = tiles_of(p);
     const double g = p.scales[0], r = p.scales[1];
     for (int64_t video = 0; video < p.videos; ++video) {
-        Moments& of = workspace.moments[video * tiles];
-        merge_tree(&of, tiles);
-        const double beta = p.cfg_star ? cfg_star_beta(of, g) : 0.;
-        if (p.cfg_star) add_beta_u(of, beta);
-        workspace.corrections[video] = {float(beta), p.rescale ? float(rescale_factor(of, r)) : 1.f};
-        if (video > 0 && p.over_batch) merge(workspace.moments[0], of);
+        Moments* const of = workspace.moments + video * tiles;
+        double alpha = 1, dot_cu = 0, dot_uu = 0;
+        if (p.cfg_star) {
+            for (int64_t i = 0; i < tiles; ++i) dot_cu += of[i].dot_cu, dot_uu += of[i].dot_uu;
+            alpha = cfg_star_alpha(dot_cu, dot_uu);
+            for (int64_t i = 0; i < tiles; ++i) set_alpha(of[i], alpha, g);
+        }
+        merge_tree(of, tiles);
+        workspace.corrections[video] = {scaled_uncond(alpha, g), p.rescale ? float(rescale_factor(*of, r)) : 1.f};
+        if (video > 0 && p.over_batch) merge(workspace.moments[0], *of);
     }
     if (!p.rescale || !p.over_batch) return;
     for (int64_t video = 0; video < p.videos; ++video)
@@ -162,12 +165,7 @@ template <typename T>
 STG_INLINE inline void write(const stg_combine_guidance_params& p, const Tile& tile, Correction correction)
 {
     alignas(64) float v[kTile];
-    guide<T>(p, tile, v);
-    if (p.cfg_star) {
-        const T* uncond = branch_of<T>(p, 0, tile);
-#pragma omp simd
-        for (int64_t i = 0; i < tile.count; ++i) v[i] += correction.beta * to_float(uncond[i]);
-    }
+    guide<T>(p, tile, correction.uncond, v);
     with_dtype(p.out_dtype, [&](auto type) STG_INLINE { store<decltype(type)>(p, tile, v, correction.factor); });
 }
 
@@ -202,7 +200,7 @@ stg_status stg_cpu_combine_guidance(const stg_combine_guidance_params* params, c
         const auto combine = [&](int64_t begin, int64_t end) STG_INLINE {
             for (int64_t i = begin; i < end; ++i) {
                 const Tile tile = tile_of(p, i);
-                write<T>(p, tile, workspace.size > 0 ? workspace.corrections[tile.video] : Correction{0.f, 1.f});
+                write<T>(p, tile, workspace.size > 0 ? workspace.corrections[tile.video] : Correction{{1.f, 0.f}, 1.f});
             }
         };
         parallel_for(pool, p.videos * tiles, kGrain / kTile, combine);

@@ -43,12 +43,13 @@ __device__ const T* branch_of(const Params& p, int64_t branch, int64_t video)
     return static_cast<const T*>(p.rows) + (branch * p.videos + video) * p.elements;
 }
 
-// One group of c, u and v without CFG-star and rescale: on differences, which lose nothing where branches nearly agree.
+// One group of c, u and v without rescale: on differences, which lose nothing where branches nearly agree.
 template <typename T>
 struct Group {
     float c[kWidth<T>], u[kWidth<T>], v[kWidth<T>];
 
-    __device__ Group(const Params& p, int64_t video, int64_t start, int64_t count, bool aligned)
+    __device__ Group(const Params& p, int64_t video, int64_t start, int64_t count, bool aligned,
+                     ScaledUncond scaled)
     {
         constexpr int kW = kWidth<T>;
         load(branch_of<T>(p, p.has_uncond, video) + start, count, aligned, c);
@@ -56,7 +57,13 @@ struct Group {
             load(branch_of<T>(p, 0, video) + start, count, aligned, u);
             const float g = p.scales[0];
 #pragma unroll
-            for (int i = 0; i < kW; ++i) v[i] = u[i] + g * (c[i] - u[i]);
+            for (int i = 0; i < kW; ++i) {
+                const float near = scaled.near * u[i];
+                v[i] = near + g * (c[i] - near);
+            }
+            if (p.cfg_star)
+#pragma unroll
+                for (int i = 0; i < kW; ++i) v[i] += scaled.beta * u[i];
         } else {
 #pragma unroll
             for (int i = 0; i < kW; ++i) v[i] = c[i];
@@ -95,8 +102,6 @@ __device__ Moments moments_of(const Group<T>& group, int64_t count, bool cfg_sta
                 const float u = group.u[i] - of.mean_u;
                 of.m2_u += u * u;
                 of.m2_vu += v * u;
-                of.dot_cu += group.c[i] * group.u[i];
-                of.dot_uu += group.u[i] * group.u[i];
             }
         }
     return of;
@@ -109,8 +114,7 @@ __device__ void warp_merge(Moments& of)
     for (int step = kWarp / 2; step > 0; step /= 2)
         merge(of, Moments{shuffle_down(of.count, step), shuffle_down(of.mean_c, step), shuffle_down(of.m2_c, step),
                           shuffle_down(of.mean_v, step), shuffle_down(of.m2_v, step), shuffle_down(of.mean_u, step),
-                          shuffle_down(of.m2_u, step), shuffle_down(of.m2_vu, step), shuffle_down(of.dot_cu, step),
-                          shuffle_down(of.dot_uu, step)});
+                          shuffle_down(of.m2_u, step), shuffle_down(of.m2_vu, step), 0.f, 0.f, 0.f});
 }
 
 // In every thread of the block.
@@ -131,46 +135,84 @@ __device__ Moments block_merge(Moments of)
     return of;
 }
 
+// <c, u> and |u|^2 of a tile.
+template <typename T>
+__device__ float2 dots_of(const Params& p, const Tile& tile, bool aligned)
+{
+    constexpr int kW = kWidth<T>;
+    float2 dots{};
+    for (int64_t start = tile.begin + int64_t(threadIdx.x) * kW; start < tile.end; start += kThreads * kW) {
+        float c[kW], u[kW];
+        load(branch_of<T>(p, 1, tile.video) + start, tile.end - start, aligned, c);
+        load(branch_of<T>(p, 0, tile.video) + start, tile.end - start, aligned, u);
+#pragma unroll
+        for (int i = 0; i < kW; ++i) {
+            dots.x += c[i] * u[i];
+            dots.y += u[i] * u[i];
+        }
+    }
+    return {block_sum(dots.x), block_sum(dots.y)};
+}
+
 template <typename T, bool ALIGNED>
 __global__ void __launch_bounds__(kThreads, 1)
     moments_kernel(const __grid_constant__ Params p, Tiling tiling, Moments* __restrict__ moments)
 {
     for (int64_t index = blockIdx.x; index < p.videos * tiling.tiles; index += gridDim.x) {
         const Tile tile(p, tiling, index);
+        float2 dots{};
+        float alpha = 1.f;
+        if (p.cfg_star) {
+            dots = dots_of<T>(p, tile, ALIGNED);
+            alpha = cfg_star_alpha(dots.x, dots.y);
+        }
+        const ScaledUncond scaled = scaled_uncond(alpha, p.scales[0]);
         Moments of{};
         for (int64_t start = tile.begin + int64_t(threadIdx.x) * kWidth<T>; start < tile.end;
              start += kThreads * kWidth<T>) {
-            const Group<T> group(p, tile.video, start, tile.end - start, ALIGNED);
+            const Group<T> group(p, tile.video, start, tile.end - start, ALIGNED, scaled);
             merge(of, moments_of(group, tile.end - start, p.cfg_star));
         }
         of = block_merge(of);
+        of.alpha = alpha, of.dot_cu = dots.x, of.dot_uu = dots.y;
         if (threadIdx.x == 0) moments[index] = of;
     }
 }
 
-__device__ Moments video_moments(const Tiling& tiling, const Moments* moments, int64_t video)
+__device__ Moments video_moments(const Params& p, const Tiling& tiling, const Moments* moments, int64_t video)
 {
+    moments += video * tiling.tiles;
+    float alpha = 1.f;
+    if (p.cfg_star) {
+        float2 dots{};
+        for (int64_t tile = threadIdx.x; tile < tiling.tiles; tile += kThreads)
+            dots.x += moments[tile].dot_cu, dots.y += moments[tile].dot_uu;
+        const float dot_cu = block_sum(dots.x), dot_uu = block_sum(dots.y);
+        alpha = cfg_star_alpha(dot_cu, dot_uu);
+    }
     Moments of{};
-    for (int64_t tile = threadIdx.x; tile < tiling.tiles; tile += kThreads)
-        merge(of, moments[video * tiling.tiles + tile]);
-    return block_merge(of);
+    for (int64_t tile = threadIdx.x; tile < tiling.tiles; tile += kThreads) {
+        Moments part = moments[tile];
+        if (p.cfg_star) set_alpha(part, alpha, p.scales[0]);
+        merge(of, part);
+    }
+    of = block_merge(of);
+    of.alpha = alpha;
+    return of;
 }
 
 // Every block works it out anew, which spares a third launch.
 __device__ Correction correction_of(const Params& p, const Tiling& tiling, const Moments* moments, int64_t video)
 {
-    const float g = p.scales[0], r = p.scales[1];
     const bool whole_batch = p.rescale && p.over_batch;
-    Correction correction{0.f, 1.f};
+    Correction correction{{1.f, 0.f}, 1.f};
     Moments batch{};
     for (int64_t other = whole_batch ? 0 : video; other < (whole_batch ? p.videos : video + 1); ++other) {
-        Moments of = video_moments(tiling, moments, other);
-        const float beta = p.cfg_star ? cfg_star_beta(of, g) : 0.f;
-        if (p.cfg_star) add_beta_u(of, beta);
-        if (other == video) correction.beta = beta;
+        const Moments of = video_moments(p, tiling, moments, other);
+        if (other == video) correction.uncond = scaled_uncond(of.alpha, p.scales[0]);
         merge(batch, of);
     }
-    if (p.rescale) correction.factor = rescale_factor(batch, r);
+    if (p.rescale) correction.factor = rescale_factor(batch, p.scales[1]);
     return correction;
 }
 
@@ -182,13 +224,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int64_t index = blockIdx.x; index < p.videos * tiling.tiles; index += gridDim.x) {
         const Tile tile(p, tiling, index);
         const Correction correction =
-            moments == nullptr ? Correction{0.f, 1.f} : correction_of(p, tiling, moments, tile.video);
+            moments == nullptr ? Correction{{1.f, 0.f}, 1.f} : correction_of(p, tiling, moments, tile.video);
         for (int64_t start = tile.begin + int64_t(threadIdx.x) * kW; start < tile.end; start += kThreads * kW) {
             const int64_t count = tile.end - start, offset = tile.video * p.elements + start;
-            Group<T> group(p, tile.video, start, count, ALIGNED);
-            if (p.cfg_star)
-#pragma unroll
-                for (int i = 0; i < kW; ++i) group.v[i] += correction.beta * group.u[i];
+            Group<T> group(p, tile.video, start, count, ALIGNED, correction.uncond);
 #pragma unroll
             for (int i = 0; i < kW; ++i) group.v[i] *= correction.factor;
             const auto finish = [&](auto* out) {

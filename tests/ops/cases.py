@@ -27,6 +27,13 @@ class Inputs:
         return torch.randn(shape, generator=self.generator, device=DEVICE).to(dtype or self.dtype)
 
 
+def far_uncond(new: Inputs, magnitude: float, size: tuple[int, ...]) -> dict[str, Tensor]:
+    """Rows and scales of two videos whose uncond knows nothing of cond and is `magnitude` times as large."""
+    cond = new.normal(2, *size)
+    rows = torch.cat([magnitude * new.normal(2, *size), cond, cond + 0.1 * new.normal(2, *size)])
+    return {"rows": rows, "scales": torch.tensor([5.0, 0.7, 1.0], device=DEVICE)}
+
+
 def widened(value):
     """The same numbers in float64."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

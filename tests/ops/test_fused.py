@@ -3,7 +3,7 @@
 import pytest
 import stg_kernels
 import torch
-from ops.cases import DEVICE, DTYPES, Inputs, assert_within_budget, widened
+from ops.cases import DEVICE, DTYPES, Inputs, assert_within_budget, far_uncond, widened
 from stg_kernels.combine_guidance.reference import combine_guidance
 from stg_kernels.norm_modulate.reference import norm_modulate
 from stg_kernels.qk_norm_rope.reference import qk_norm_rope
@@ -162,6 +162,24 @@ def test_combine_guidance(options, skips, dtype, size):
     check(combine_guidance, stg_kernels.combine_guidance, arguments, **options)
     latents = {"latents": new.normal(videos, *size), "dt": torch.tensor([-0.05], device=DEVICE)}
     check(combine_guidance, stg_kernels.combine_guidance, arguments | latents, **{**options, "dtype": None})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("magnitude", [0, 1e-5, 1, 10, 1e3, 1e5])
+def test_cfg_star_takes_any_uncond(magnitude, dtype):
+    """All zero, so small that 1e-8 counts, so large that alpha u is a small difference of large numbers elsewhere."""
+    for size in ((7, 5), (33, 97), (40, 250)):
+        arguments = far_uncond(Inputs(dtype), magnitude, size)
+        for options in ({}, {"rescale": True}, {"rescale": True, "over_batch": True}):
+            check(
+                combine_guidance,
+                stg_kernels.combine_guidance,
+                arguments,
+                has_uncond=True,
+                cfg_star=True,
+                dtype=torch.float32,
+                **options,
+            )
 
 
 @pytest.mark.parametrize("options", GUIDANCE[2:], ids=lambda options: "-".join(options))

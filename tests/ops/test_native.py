@@ -3,7 +3,7 @@
 import pytest
 import stg_kernels
 import torch
-from ops.cases import DEVICE, DTYPES, Inputs, assert_within_budget, widened
+from ops.cases import DEVICE, DTYPES, Inputs, assert_within_budget, far_uncond, widened
 from stg_kernels.combine_guidance import reference as combine_guidance_reference
 from stg_kernels.norm_modulate import reference as norm_modulate_reference
 from stg_kernels.qk_norm_rope import reference as qk_norm_rope_reference
@@ -175,6 +175,16 @@ def test_combine_guidance(options, skips, dtype, size):
     for out in DTYPES:
         latents = Inputs(out).normal(2, *size)
         check("combine_guidance", **arguments, latents=latents, dt=torch.tensor([-0.05], device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("magnitude", [0, 1e-5, 1, 10, 1e3, 1e5])
+def test_cfg_star_takes_any_uncond(magnitude, dtype):
+    """All zero, so small that 1e-8 counts, so large that alpha u is a small difference of large numbers elsewhere."""
+    for size in ((7, 5), (33, 97), (40, 250)):
+        arguments = far_uncond(Inputs(dtype), magnitude, size)
+        for options in ({}, {"rescale": True}, {"rescale": True, "over_batch": True}):
+            check("combine_guidance", **arguments, has_uncond=True, cfg_star=True, dtype=torch.float32, **options)
 
 
 @pytest.mark.parametrize("options", GUIDANCE[2:], ids=lambda options: "-".join(options))
