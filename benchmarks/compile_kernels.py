@@ -53,7 +53,8 @@ class Resources:
     registers: int
     stack: int
     shared: int
-    widths: str
+    vectors: str
+    scalars: str
     matrix: str
 
 
@@ -170,9 +171,10 @@ def compiled(launch: Launch, target: int) -> Resources:
     options = {name: value for name, value in launch.options.items() if name.startswith("num_")}
     binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, stack = _usage(binary.asm["cubin"])
-    shared, widths = binary.metadata.shared, " ".join(map(str, _widths(binary.asm["ptx"])))
+    accesses = (" ".join(map(str, widths)) for widths in _accesses(binary.asm["ptx"]))
+    shared = binary.metadata.shared
     matrix = next((name for name in MATRIX if f"{name}." in binary.asm["ptx"]), "")
-    return Resources(launch.kernel.__name__, launch.form, warps, target, registers, stack, shared, widths, matrix)
+    return Resources(launch.kernel.__name__, launch.form, warps, target, registers, stack, shared, *accesses, matrix)
 
 
 def _type(value: Any) -> str:
@@ -183,10 +185,11 @@ def _type(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def _widths(ptx: str) -> list[int]:
-    """Bits of the global accesses, each width once: `ld.global.v4.b32` has 128."""
+def _accesses(ptx: str) -> tuple[list[int], list[int]]:
+    """Bits of the global accesses to vectors and to scalars, each width once: `ld.global.v4.b32` has 128."""
     found = re.findall(r"(?:ld|st)\.global(?:\.[a-zA-Z_:0-9]+)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
-    return sorted({int(count or 1) * int(width) for count, width in found})
+    vectors = {int(count) * int(width) for count, width in found if count}
+    return sorted(vectors), sorted({int(width) for count, width in found if not count})
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -27,6 +27,22 @@ class Inputs:
         return torch.randn(shape, generator=self.generator, device=DEVICE).to(dtype or self.dtype)
 
 
+def all_residual_arguments(new: Inputs) -> dict[str, Tensor]:
+    """Every tensor that `residual_gate_norm_modulate` takes; gate per token, scale and shift per row."""
+    x, y, tables = new.normal(3, 4, 24), new.normal(3, 4, 24), new.normal(2, 2, 1, 24)
+    return {
+        "x": x,
+        "y": y,
+        "gate": new.normal(2, 4, 24),
+        "scale": tables[0],
+        "shift": tables[1],
+        "weight": new.normal(24),
+        "bias": new.normal(24),
+        "row_map": torch.tensor([1, 0, 1], device=DEVICE),
+        "pass_through": torch.tensor([False, True, False], device=DEVICE),
+    }
+
+
 def far_uncond(new: Inputs, magnitude: float, size: tuple[int, ...]) -> dict[str, Tensor]:
     """Rows and scales of two videos whose uncond knows nothing of cond and is `magnitude` times as large."""
     cond = new.normal(2, *size)

@@ -3,13 +3,14 @@
 import pytest
 import stg_kernels
 import torch
-from ops.cases import DEVICE, DTYPES, Inputs, assert_within_budget, far_uncond, widened
+from ops.cases import DEVICE, DTYPES, Inputs, all_residual_arguments, assert_within_budget, far_uncond, widened
 from stg_kernels.combine_guidance.reference import combine_guidance
 from stg_kernels.norm_modulate.reference import norm_modulate
 from stg_kernels.qk_norm_rope.reference import qk_norm_rope
 from stg_kernels.residual_gate.reference import residual_gate, residual_gate_norm_modulate
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from stg_kernels._triton import outer_strides, vector_length
 
 SHAPES = [(1, 1, 8), (2, 3, 40), (3, 5, 64), (1, 7, 2), (2, 1, 129)]
 
@@ -94,6 +95,26 @@ def test_residual_gate(shape, dtype, strided):
     check(residual_gate_norm_modulate, stg_kernels.residual_gate_norm_modulate, arguments)
 
 
+@pytest.mark.parametrize("subtract_mean", [False, True], ids=["rms", "layer"])
+def test_residual_gate_with_all_arguments(subtract_mean):
+    arguments = all_residual_arguments(Inputs(torch.float32))
+    public = stg_kernels.residual_gate_norm_modulate
+    check(residual_gate_norm_modulate, public, arguments, eps=1e-2, subtract_mean=subtract_mean)
+
+
+def test_promises_to_the_compiler():
+    """Vectors of 8 elements only where every line begins on one; a shared table is not walked over."""
+    aligned, odd = torch.empty(2, 3, 16), torch.empty(2, 3, 12)
+    assert vector_length(aligned, None, aligned[:1]) == 8
+    assert vector_length(aligned[..., :12]) == 8
+    assert vector_length(aligned, odd) == 1
+    assert vector_length(torch.empty(16), aligned) == 8
+    assert outer_strides(aligned, 2) == (48, 16)
+    assert outer_strides(aligned[:1], 2) == (0, 16)
+    assert outer_strides(aligned[:, :1], 2) == (48, 0)
+    assert outer_strides(None, 2) == (0, 0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fused_norm_is_the_norm_of_the_rounded_sum(dtype):
     new = Inputs(dtype)
@@ -131,7 +152,8 @@ def test_qk_norm_rope(shape, dtype, per_head, interleaved):
         arguments = {"q": q, "k": k, "q_weight": flat.normal(normed), "k_weight": flat.normal(normed)}
         options = {"per_head": per_head, "interleaved": interleaved}
         check(qk_norm_rope, stg_kernels.qk_norm_rope, arguments, **options)
-        arguments |= {"cos": angles.cos(), "sin": angles.sin(), "k_bias": flat.normal(normed)}
+        arguments |= {"cos": angles.cos(), "sin": angles.sin()}
+        arguments |= {"q_bias": flat.normal(normed), "k_bias": flat.normal(normed)}
         check(qk_norm_rope, stg_kernels.qk_norm_rope, arguments, subtract_mean=True, **options)
         shared = {"cos": arguments["cos"][:1, :, :1], "sin": arguments["sin"][:1, :, :1]}
         check(qk_norm_rope, stg_kernels.qk_norm_rope, arguments | shared, **options)

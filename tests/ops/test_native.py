@@ -3,7 +3,7 @@
 import pytest
 import stg_kernels
 import torch
-from ops.cases import DEVICE, DTYPES, Inputs, assert_within_budget, far_uncond, widened
+from ops.cases import DEVICE, DTYPES, Inputs, all_residual_arguments, assert_within_budget, far_uncond, widened
 from stg_kernels.combine_guidance import reference as combine_guidance_reference
 from stg_kernels.norm_modulate import reference as norm_modulate_reference
 from stg_kernels.qk_norm_rope import reference as qk_norm_rope_reference
@@ -57,6 +57,7 @@ def rope_arguments(new, rows, tokens, heads, size, *, per_head=False):
         "q_weight": new.normal(normed),
         "k_weight": new.normal(normed, dtype=torch.float32),
         "q_bias": new.normal(normed, dtype=torch.float32),
+        "k_bias": new.normal(normed),
         "cos": angles.cos(),
         "sin": angles.sin(),
     }
@@ -106,6 +107,13 @@ def test_residual_gate(shape, dtype, strided):
         check("residual_gate_norm_modulate", **arguments)
 
 
+@pytest.mark.parametrize("subtract_mean", [False, True], ids=["rms", "layer"])
+def test_residual_gate_with_all_arguments(subtract_mean):
+    """A gate of every token beside a scale and shift of every row among them."""
+    arguments = all_residual_arguments(Inputs(torch.float32))
+    check("residual_gate_norm_modulate", **arguments, eps=1e-2, subtract_mean=subtract_mean)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_is_of_the_rounded_sum(dtype):
     new = Inputs(dtype)
@@ -142,6 +150,14 @@ def test_qk_norm_rope(shape, dtype, per_head, interleaved):
         shared = {name: arguments[name][:1, :, :1] for name in ("cos", "sin")}
         check("qk_norm_rope", **(arguments | shared), subtract_mean=True, **options)
         check("qk_norm_rope", **(arguments | {"cos": None, "sin": None}), **options)
+
+
+@pytest.mark.parametrize("shared", ["cos", "sin"])
+def test_cos_and_sin_have_strides_of_their_own(shared):
+    """One has a value for all heads; the public op refuses that, the C API does not."""
+    arguments = rope_arguments(Inputs(torch.float32), 2, 3, 3, 8)
+    arguments[shared] = arguments[shared][:1, :, :1]
+    check("qk_norm_rope", **arguments)
 
 
 @pytest.mark.parametrize("per_head", [True, False], ids=["per_head", "all_heads"])
