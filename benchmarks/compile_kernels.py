@@ -2,7 +2,7 @@
 
 `python -m benchmarks.compile_kernels resources.csv` writes registers, stack, shared memory and access widths of
 each; a stack above 0 is a spill. Launchers run on tensors without memory and are overheard, so that what is compiled is
-what is launched.
+what is launched; those of LTX-Video's block by the block's fused forward itself.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import stg_kernels
 import torch
 import triton
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
+from stg_kernels import DTYPES
 from stg_kernels.attention import fused as attention
 from stg_kernels.attention.parts import Part
 from torch import Tensor
@@ -29,16 +35,20 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.shapes import SHAPES, Shape
+from stg_engine.fused import ltx
 
 TARGETS = (80, 90, 100)
 TYPES = {
     torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.uint8: "*u8",
 }
 MATRIX = ("wgmma", "tcgen05.mma", "mma.sync")
+OPS = ("norm_modulate", "residual_gate", "qk_norm_rope", "combine_guidance")
+MODULES = {name: import_module(f"stg_kernels.{name}.fused") for name in OPS} | {"attention": attention}
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,8 @@ class Launch:
     targets: tuple[int, ...] = TARGETS
 
 
-def overheard(module: Any, form: str, call: Callable[[], object]) -> Iterator[Launch]:
-    """The launches that `call` makes of the kernels of an op's fused.py."""
+def overheard(form: str, call: Callable[[], object]) -> list[Launch]:
+    """The launches that `call` makes of the kernels of all ops."""
     launches: list[Launch] = []
 
     def record(kernel: Any) -> Any:
@@ -80,11 +90,37 @@ def overheard(module: Any, form: str, call: Callable[[], object]) -> Iterator[La
 
         return Kernel()
 
-    kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
-    checks = {"check_device": lambda x: None} if hasattr(module, "check_device") else {}
-    with mock.patch.multiple(module, **checks, **{k: record(v) for k, v in kernels.items()}):
+    with ExitStack() as stack:
+        for module in MODULES.values():
+            kernels = {name: record(value) for name, value in vars(module).items() if name.endswith("_kernel")}
+            checks = {"check_device": lambda x: None} if hasattr(module, "check_device") else {}
+            stack.enter_context(mock.patch.multiple(module, **checks, **kernels))
         call()
-    yield from launches
+    return launches
+
+
+def ltx_block(shape: Shape, dtype: torch.dtype, row_map: Tensor | None) -> None:
+    """The fused forward of a block, two rows, every op as Triton."""
+    with torch.device("meta"), torch.no_grad():
+        c = shape.channels
+        block = LTXVideoTransformerBlock(c, shape.heads, shape.head_size, cross_attention_dim=c).to(dtype)
+        run = SimpleNamespace(
+            videos_of_rows=lambda device: row_map,
+            is_padded=False,
+            once=lambda name, source, compute: compute(),
+            self_attention=lambda index, module, forward, arguments, **_: forward(**arguments),
+        )
+        ops = ("norm_modulate", "qk_norm_rope", "residual_gate", "residual_gate_norm_modulate")
+        with mock.patch.multiple(ltx, **{name: partial(getattr(stg_kernels, name), impl="fused") for name in ops}):
+            ltx.forward(
+                run,
+                0,
+                block,
+                hidden_states=torch.empty(2, 16, c, dtype=dtype),
+                encoder_hidden_states=torch.empty(2, 8, c, dtype=dtype),
+                temb=torch.empty(2, 1, 6 * c, dtype=dtype),
+                image_rotary_emb=(torch.empty(2, 16, c), torch.empty(2, 16, c)),
+            )
 
 
 def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
@@ -94,24 +130,24 @@ def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
     def new(*size: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=kind, device="meta")
 
-    modules = {name: import_module(f"stg_kernels.{name}.fused") for name in (
-        "norm_modulate", "residual_gate", "qk_norm_rope", "combine_guidance"
-    )}  # fmt: skip
     c = shape.channels
     x, vector, weight = new(2, 16, c), new(2, 1, c), new(c)
     row_map = new(2, kind=torch.int64)
-    norm, residual = modules["norm_modulate"], modules["residual_gate"]
+    if shape.model.startswith("LTX"):
+        for videos in (row_map, None):
+            words = "block of several videos" if videos is not None else "block"
+            yield from overheard(f"{form}, {words}", partial(ltx_block, shape, dtype, videos))
+    norm, residual = MODULES["norm_modulate"], MODULES["residual_gate"]
     for words, options in (
         ("modulated", {"scale": vector, "shift": vector, "row_map": row_map}),
         ("weight", {"weight": weight}),
         ("layer", {"weight": weight, "bias": weight, "subtract_mean": True}),
     ):
-        yield from overheard(norm, f"{form}, {words}", lambda o=options: norm.norm_modulate(x, **o))
+        yield from overheard(f"{form}, {words}", lambda o=options: norm.norm_modulate(x, **o))
     keep = new(2, kind=torch.bool)
-    yield from overheard(residual, f"{form}, gate", lambda: residual.residual_gate(x, x, vector))
-    yield from overheard(residual, f"{form}, passing", lambda: residual.residual_gate(x, x, None, None, keep))
+    yield from overheard(f"{form}, gate", lambda: residual.residual_gate(x, x, vector))
+    yield from overheard(f"{form}, passing", lambda: residual.residual_gate(x, x, None, None, keep))
     yield from overheard(
-        residual,
         f"{form}, gate and norm",
         lambda: residual.residual_gate_norm_modulate(
             x, x, vector, vector, vector, weight, weight, subtract_mean=shape.layer_norm, row_map=row_map
@@ -119,16 +155,14 @@ def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
     )
     q, normed = new(2, 16, shape.heads, shape.head_size), new(shape.head_size if shape.per_head else c)
     table = new(1, 16, 1 if shape.per_head else shape.heads, shape.head_size // 2, kind=torch.float32)
-    rope = modules["qk_norm_rope"]
+    rope = MODULES["qk_norm_rope"]
     for interleaved in (True, False):
         arguments = {"q_weight": normed, "k_weight": normed, "cos": table, "sin": table, "per_head": shape.per_head}
         if shape.layer_norm and shape.per_head:
             arguments |= {"q_bias": normed, "k_bias": normed, "subtract_mean": True}
         words = f"{form}, {'interleaved' if interleaved else 'split'}"
-        yield from overheard(
-            rope, words, lambda a=arguments, i=interleaved: rope.qk_norm_rope(q, q, interleaved=i, **a)
-        )
-    combine, rows, scales = modules["combine_guidance"], new(6, 512, shape.latent), new(3, kind=torch.float32)
+        yield from overheard(words, lambda a=arguments, i=interleaved: rope.qk_norm_rope(q, q, interleaved=i, **a))
+    combine, rows, scales = MODULES["combine_guidance"], new(6, 512, shape.latent), new(3, kind=torch.float32)
     for options in (
         {},
         {"rescale": True},
@@ -136,11 +170,13 @@ def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
         {"cfg_star": True},
         {"rescale": True, "cfg_star": True},
         {"rescale": True, "over_batch": True, "cfg_star": True},
+        {"dtype": torch.float32},
+        {"rescale": True, "dtype": torch.float32},
     ):
         words = f"{form}, {', '.join(options) or 'plain'}"
-        yield from overheard(combine, words, lambda o=options: combine.combine_guidance(rows, scales, True, **o))
+        yield from overheard(words, lambda o=options: combine.combine_guidance(rows, scales, True, **o))
     euler = {"latents": new(2, 512, shape.latent), "dt": new(1, kind=torch.float32)}
-    yield from overheard(combine, f"{form}, Euler", lambda: combine.combine_guidance(rows, scales, True, **euler))
+    yield from overheard(f"{form}, Euler", lambda: combine.combine_guidance(rows, scales, True, **euler))
 
 
 def attention_launches(shape: Shape) -> Iterator[Launch]:
@@ -156,7 +192,7 @@ def attention_launches(shape: Shape) -> Iterator[Launch]:
             if config.descriptors and part.own_k is not None:
                 continue
             form = f"D={shape.head_size}, {config.name}, {words}"
-            for launch in overheard(attention, form, lambda p=part, c=config: attention.launch(p, c, q)):
+            for launch in overheard(form, partial(attention.launch, part, config, q)):
                 yield replace(launch, targets=targets)
 
 
@@ -209,7 +245,7 @@ def all_launches() -> dict[tuple, Launch]:
     """One per distinct kernel binary: models with equal sizes share theirs."""
     distinct: dict[tuple, Launch] = {}
     for shape in SHAPES:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in DTYPES:
             for launch in launches_of(shape, dtype):
                 kinds = tuple(v.dtype if isinstance(v, Tensor) else type(v) for v in launch.arguments)
                 distinct.setdefault((launch.kernel, kinds, tuple(sorted(launch.options.items()))), launch)

@@ -159,10 +159,12 @@ def _video_moments(
     at = moments_ptr + (video * chunks + i) * MOMENTS
     n = tl.where(inside, tl.minimum(chunk, elements - i.to(tl.int64) * chunk), 0).to(tl.float32)
     total = tl.sum(n, axis=0)
+    means_c = tl.load(at + 2, inside, other=0.0)
+    mean_c = tl.sum(n * means_c, axis=0) / total
+    from_c = means_c - mean_c
+    m2_c = tl.sum(tl.load(at + 3, inside, other=0.0) + n * from_c * from_c, axis=0)
     means_g = tl.load(at + 0, inside, other=0.0)
     m2s_g = tl.load(at + 1, inside, other=0.0)
-    means_c = tl.load(at + 2, inside, other=0.0)
-    m2s_c = tl.load(at + 3, inside, other=0.0)
     alpha = 1.0
     if CFG_STAR:
         means_u = tl.load(at + 4, inside, other=0.0)
@@ -174,11 +176,8 @@ def _video_moments(
         means_g += b * means_u
         m2s_g = tl.maximum(m2s_g + 2.0 * b * covs + b * b * m2s_u, 0.0)
     mean_g = tl.sum(n * means_g, axis=0) / total
-    mean_c = tl.sum(n * means_c, axis=0) / total
     from_g = means_g - mean_g
-    from_c = means_c - mean_c
     m2_g = tl.sum(m2s_g + n * from_g * from_g, axis=0)
-    m2_c = tl.sum(m2s_c + n * from_c * from_c, axis=0)
     return total, mean_g, m2_g, mean_c, m2_c, alpha
 
 
@@ -210,8 +209,12 @@ def _combine_guidance_kernel(
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = position < elements
     alpha = 1.0
+    if not CFG_STAR:  # which has to know alpha; elsewhere reading early leaves sm_100 enough registers
+        guided, _, _ = _guided(
+            rows_ptr, scales_ptr, alpha, video, position, mask, elements, videos, skips, HAS_UNCOND, CFG_STAR
+        )
     if RESCALE or CFG_STAR:
-        _, _, m2_g, _, m2_c, alpha = _video_moments(
+        _n, _g, m2_g, _c, m2_c, alpha = _video_moments(
             scales_ptr, moments_ptr, video, elements, chunk, chunks, CHUNKS, CFG_STAR, MOMENTS
         )
     if RESCALE:
@@ -222,7 +225,7 @@ def _combine_guidance_kernel(
             m2_g = 0.0
             m2_c = 0.0
             for other in range(videos):
-                n, video_g, video_m2_g, video_c, video_m2_c, _ = _video_moments(
+                n, video_g, video_m2_g, video_c, video_m2_c, _a = _video_moments(
                     scales_ptr, moments_ptr, other, elements, chunk, chunks, CHUNKS, CFG_STAR, MOMENTS
                 )
                 weight = n / (count + n)
@@ -235,9 +238,10 @@ def _combine_guidance_kernel(
                 count += n
         r = tl.load(scales_ptr + 1)
         factor = r * tl.sqrt(m2_c / m2_g) + (1.0 - r)
-    guided, _, _ = _guided(
-        rows_ptr, scales_ptr, alpha, video, position, mask, elements, videos, skips, HAS_UNCOND, CFG_STAR
-    )
+    if CFG_STAR:
+        guided, _, _ = _guided(
+            rows_ptr, scales_ptr, alpha, video, position, mask, elements, videos, skips, HAS_UNCOND, CFG_STAR
+        )
     if RESCALE:
         guided *= factor
     at = video * elements + position
