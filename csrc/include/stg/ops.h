@@ -129,7 +129,8 @@ typedef struct stg_qk_norm_rope_params {
 
 /* v = u + g (c - u) + sum_i s_i (c - p_i), without uncond c + sum_i s_i (c - p_i); out = v, or latents + dt v.
  * rescale:  v times r std(c) / std(v) + 1 - r (std with N - 1), over each video, or over all of them if over_batch.
- * cfg_star: u is first multiplied by <c, u> / (|u|^2 + 1e-8) of its video. */
+ * cfg_star: u is first multiplied by <c, u> / (|u|^2 + 1e-8) of its video.
+ * Both sum squares in float32: values beyond about 1e16 make them infinite, and the result NaN. */
 typedef struct stg_combine_guidance_params {
     size_t struct_size;
     int64_t videos, elements, skips; /* B, elements of a video, skip branches */
