@@ -42,14 +42,14 @@ def run(name: str, impl: str | None, device: torch.device, *arguments: Any) -> A
 
     float64, which only the reference has, goes there.
     """
+    if impl not in (None, *IMPLS):
+        raise ValueError(f"impl={impl!r} is not allowed; choose one of None, {', '.join(map(repr, IMPLS))}")
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
         raise RuntimeError(f"{name} has no gradients; call it under torch.no_grad()")
     if arguments[0].dtype not in DTYPES:
         if arguments[0].dtype != torch.float64 or impl not in (None, "reference"):
             raise ValueError(f"{arguments[0].dtype} has no impl={impl!r}; use float32, bfloat16 or float16")
         impl = "reference"
-    if impl not in (None, *IMPLS):
-        raise ValueError(f"impl={impl!r} is not allowed; choose one of None, {', '.join(map(repr, IMPLS))}")
     if impl == "native" and device.type not in native_devices():
         built = ", ".join(sorted(native_devices())) or "no device"
         raise RuntimeError(
@@ -90,9 +90,25 @@ def check_beside(x: Tensor, /, **tensors: Tensor | None) -> None:
 
 
 def check_eps(eps: float) -> None:
-    """`ValueError` unless eps is a finite number of at least 0."""
+    """`ValueError` unless eps is a finite number of at least 0; `TypeError` for what is no number."""
+    if not isinstance(eps, int | float):
+        raise TypeError(f"eps={eps!r} is not allowed; it must be a number")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps={eps} is not allowed; it must be a finite number of at least 0")
+
+
+def check_required(**tensors: Tensor | None) -> None:
+    """`TypeError` for an absent tensor."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise TypeError(f"{name}=None is not allowed; it must be a tensor")
+
+
+def check_dimensions(name: str, tensor: Tensor, letters: str) -> None:
+    """`ValueError` unless the tensor has one dimension per letter."""
+    if tensor.ndim != len(letters.split()):
+        shape = ", ".join(letters.split())
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{shape}]")
 
 
 def check_shape(name: str, tensor: Tensor | None, *allowed: Iterable[int]) -> None:
@@ -109,6 +125,8 @@ def check_row_map(row_map: Tensor | None, x: Tensor, **tables: Tensor | None) ->
     """Sizes allowed for dim 0 of the tables: R or 1, or the one size that all tables have if a row map is given."""
     if row_map is None:
         return (x.shape[0], 1)
+    if not isinstance(row_map, Tensor):
+        raise TypeError(f"row_map={row_map!r} is not allowed; it must be a tensor")
     if row_map.dtype != torch.int64 or row_map.shape != x.shape[:1] or row_map.device != x.device:
         raise ValueError(
             f"row_map is {row_map.dtype} {tuple(row_map.shape)} on {row_map.device}; "
@@ -117,7 +135,8 @@ def check_row_map(row_map: Tensor | None, x: Tensor, **tables: Tensor | None) ->
     sizes = {tensor.shape[0] for tensor in tables.values() if tensor is not None and tensor.ndim > 0}
     if len(sizes) > 1:
         raise ValueError(f"{', '.join(tables)} have {sorted(sizes)} rows; with a row_map they must have equally many")
-    if row_map.device.type == "cpu" and row_map.numel() and sizes:  # elsewhere it would wait for the device
+    # On another device it would wait for it, and a graph would break.
+    if row_map.device.type == "cpu" and row_map.numel() and sizes and not torch.compiler.is_compiling():
         low, high = row_map.min().item(), row_map.max().item()
         if low < 0 or high >= min(sizes):
             raise ValueError(f"row_map holds {low} to {high}; its values must be 0 to {min(sizes) - 1}")

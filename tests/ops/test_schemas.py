@@ -107,10 +107,45 @@ def test_compiles_whole_and_does_not_compile_again_for_other_sizes():
     assert counter.frame_count == 1
 
 
+def test_a_row_map_does_not_break_the_graph():
+    compiled = torch.compile(stg_kernels.norm_modulate, backend="eager", fullgraph=True)
+    x, row_map = torch.ones(2, 3, 8), torch.tensor([0, 0])
+    assert torch.equal(compiled(x, x[:1], row_map=row_map), stg_kernels.norm_modulate(x, x[:1], row_map=row_map))
+
+
 X = torch.ones(2, 3, 8)
 Q = torch.ones(2, 3, 2, 4)
 ROWS, SCALES = torch.ones(3, 4, 8), torch.ones(3)
 WRONG = [
+    (lambda: stg_kernels.norm_modulate(X.double(), impl="fusd"), ValueError, "impl='fusd' is not allowed"),
+    (lambda: stg_kernels.norm_modulate(X, eps="1"), TypeError, "eps='1' is not allowed; it must be a number"),
+    (lambda: stg_kernels.norm_modulate(None), TypeError, "x=None is not allowed; it must be a tensor"),
+    (lambda: stg_kernels.norm_modulate(X, X, row_map=[0, 1]), TypeError, r"row_map=\[0, 1\] is not allowed"),
+    (lambda: stg_kernels.residual_gate(X, None), TypeError, "y=None is not allowed"),
+    (lambda: stg_kernels.residual_gate(X, X, pass_through=[True, False]), TypeError, "pass_through=.* be a tensor"),
+    (lambda: stg_kernels.residual_gate(X[0], X[0]), ValueError, r"x has shape \(3, 8\); it must be \[R, S, C\]"),
+    (lambda: stg_kernels.qk_norm_rope(Q, None), TypeError, "k=None is not allowed"),
+    (lambda: stg_kernels.qk_norm_rope(Q, Q, cos=[1.0], sin=[1.0]), TypeError, r"cos=\[1.0\] is not allowed"),
+    (lambda: stg_kernels.qk_norm_rope(X, X), ValueError, r"it must be \[R, S, N, D\]"),
+    (lambda: stg_kernels.combine_guidance(ROWS, None, has_uncond=True), TypeError, "scales=None is not allowed"),
+    *(
+        (
+            lambda dtype=dtype, impl=impl: stg_kernels.combine_guidance(
+                ROWS, SCALES, has_uncond=True, dtype=dtype, impl=impl
+            ),
+            ValueError,
+            f"dtype={dtype} is not allowed with rows of torch.float32; it must be one of torch.float32, ",
+        )
+        for dtype in (torch.float64, torch.int32)
+        for impl in (None, "reference", "fused", "native")
+    ),
+    (
+        lambda: stg_kernels.combine_guidance(
+            ROWS, SCALES, has_uncond=True, latents=ROWS[:1].double(), dt=torch.ones(1)
+        ),
+        ValueError,
+        "latents.dtype=torch.float64 is not allowed",
+    ),
     (lambda: stg_kernels.norm_modulate(X.int()), ValueError, "x has dtype torch.int32; it must be a floating point"),
     (lambda: stg_kernels.norm_modulate(X.double(), impl="fused"), ValueError, "float64 has no impl='fused'"),
     (lambda: stg_kernels.norm_modulate(X, eps=-1.0), ValueError, "eps=-1.0 is not allowed"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stg_kernels.choose import check_floating, run
+from stg_kernels.choose import DTYPES, check_floating, check_required, run
 
 
 def combine_guidance(
@@ -34,10 +34,14 @@ def combine_guidance(
     latents  [B, ...] x, contiguous; dt: float32 [1], sigma of the next step minus sigma of this one
     impl     None: the best one for the device; "reference", "fused" (Triton), "native" (C++/CUDA)
 
+    rescale and cfg_star sum squares in float32: a video's values are to be between about 1e-18 and 1e16 in size, or
+    the factor of v or u is 0, infinite or NaN.
+
     Returns [B, ...]. float32 arithmetic on differences, one rounding at the end; sums over fixed tiles in fixed order,
     so deterministic; one launch, two with rescale or cfg_star; never waits for the device. Raises `ValueError` for
     shapes, dtypes or devices other than these, `RuntimeError` if `impl` was not built.
     """
+    check_required(rows=rows, scales=scales)
     check_floating(rows=rows, scales=scales, latents=latents, dt=dt)
     if scales.ndim != 1 or scales.numel() < 2 or scales.dtype != torch.float32 or scales.device != rows.device:
         raise ValueError(
@@ -65,5 +69,10 @@ def combine_guidance(
             raise ValueError(f"dt is {dt.dtype} {tuple(dt.shape)} on {dt.device}; it must be float32 [1]")
         if dtype not in (None, latents.dtype):
             raise ValueError(f"dtype={dtype} is not allowed with latents, whose dtype the result has")
+    allowed = (torch.float64,) if rows.dtype == torch.float64 else DTYPES
+    for name, value in (("dtype", dtype), ("latents.dtype", None if latents is None else latents.dtype)):
+        if value not in (None, *allowed):
+            names = ", ".join(map(str, allowed))
+            raise ValueError(f"{name}={value} is not allowed with rows of {rows.dtype}; it must be one of {names}")
     arguments = (rows, scales, has_uncond, rescale, over_batch, cfg_star, dtype, latents, dt)
     return run("combine_guidance", impl, rows.device, *arguments)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stg_kernels.choose import check_beside, check_eps, check_row_map, check_shape, run
+from stg_kernels.choose import (
+    check_beside,
+    check_dimensions,
+    check_eps,
+    check_required,
+    check_row_map,
+    check_shape,
+    run,
+)
 
 
 def norm_modulate(
@@ -33,8 +41,9 @@ def norm_modulate(
     Returns [R, S, C] in x's dtype, contiguous. float32 arithmetic, one rounding at the end; deterministic.
     Raises `ValueError` for shapes, dtypes, devices or strides other than these, `RuntimeError` if `impl` was not built.
     """
+    check_required(x=x)
     check_beside(x, x=x, scale=scale, shift=shift, weight=weight, bias=bias)
-    check_shape("x", x, x.shape[:1], x.shape[1:2], x.shape[2:3])
+    check_dimensions("x", x, "R S C")
     _, tokens, channels = x.shape
     rows = check_row_map(row_map, x, scale=scale, shift=shift)
     check_shape("scale", scale, rows, (tokens, 1), (channels,))

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stg_kernels.choose import check_beside, check_eps, check_row_map, check_shape, run
+from stg_kernels.choose import (
+    check_beside,
+    check_dimensions,
+    check_eps,
+    check_floating,
+    check_required,
+    check_row_map,
+    check_shape,
+    run,
+)
 
 
 def _strides(table: Tensor) -> list[int]:
@@ -47,8 +56,10 @@ def qk_norm_rope(
     deterministic. Raises `ValueError` for shapes, dtypes, devices or strides other than these, `RuntimeError` if `impl`
     was not built.
     """
+    check_required(q=q, k=k)
+    check_floating(cos=cos, sin=sin)
     check_beside(q, q=q, k=k, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
-    check_shape("q", q, q.shape[:1], q.shape[1:2], q.shape[2:3], q.shape[3:4])
+    check_dimensions("q", q, "R S N D")
     _, tokens, heads, size = q.shape
     for name, x in (("q", q), ("k", k)):
         if x.shape != q.shape or x.dtype != q.dtype:

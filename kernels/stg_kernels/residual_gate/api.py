@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stg_kernels.choose import check_beside, check_eps, check_row_map, check_shape, run
+from stg_kernels.choose import (
+    check_beside,
+    check_dimensions,
+    check_eps,
+    check_required,
+    check_row_map,
+    check_shape,
+    run,
+)
 
 
 def residual_gate(
@@ -67,11 +75,14 @@ def residual_gate_norm_modulate(
 
 
 def _check(x: Tensor, y: Tensor, gate: Tensor | None, pass_through: Tensor | None) -> None:
+    check_required(x=x, y=y)
     check_beside(x, x=x, y=y, gate=gate)
-    check_shape("x", x, x.shape[:1], x.shape[1:2], x.shape[2:3])
+    check_dimensions("x", x, "R S C")
     check_shape("y", y, *((size,) for size in x.shape))
     if y.dtype != x.dtype:
         raise ValueError(f"y has dtype {y.dtype}; it must have {x.dtype}, as x")
+    if pass_through is not None and not isinstance(pass_through, Tensor):
+        raise TypeError(f"pass_through={pass_through!r} is not allowed; it must be a tensor")
     if pass_through is not None and (
         pass_through.dtype != torch.bool or pass_through.shape != x.shape[:1] or pass_through.device != x.device
     ):
