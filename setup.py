@@ -112,7 +112,7 @@ def nvcc_flags(nvcc):
 
 
 flags = ["-std=c++17", "-O3", "-g0", "-fopenmp-simd", "-fvisibility=hidden"]
-flags.append("-ffp-contract=off")  # the same bits with and without vectors, whatever their width
+flags += ["-fno-fast-math", "-ffp-contract=off"]  # the same bits with and without vectors, whatever their width
 if platform.machine() in ("x86_64", "AMD64"):
     flags.append("-march=x86-64-v2")  # the least that is needed; wider vectors are chosen at run time
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+import shutil
 import threading
 
 import pytest
@@ -316,6 +317,18 @@ def test_example_in_the_header_compiles(tmp_path):
     source = tmp_path / "example.c"
     source.write_text("#include <stdio.h>\n" + re.sub(r"(?m)^ \* ?", "", example))
     run(CC, "-std=c99", *WARNINGS, "-Wno-error=missing-prototypes", INCLUDE, "-c", source, "-o", tmp_path / "example.o")
+
+
+def test_c_program_links_the_static_library(tmp_path):
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("there is no cmake")
+    folder = tmp_path / "build"
+    run(cmake, "-S", CSRC, "-B", folder, f"-DCMAKE_CXX_COMPILER={CXX}")
+    run(cmake, "--build", folder)
+    smoke, program = CSRC.parent / "tests/native/ops_smoke.c", tmp_path / "ops_smoke"
+    run(CC, "-std=c99", *WARNINGS, INCLUDE, smoke, folder / "libstg.a", "-lstdc++", "-lm", "-o", program)
+    assert run(program).strip() == "ok"
 
 
 def test_smoke_program_is_clean_under_sanitizers(tmp_path):
