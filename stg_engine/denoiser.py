@@ -239,17 +239,16 @@ class Denoiser:
         ).to(dtype)
 
     def _key_lengths(self, rows: Inputs) -> dict[str, Any]:
-        """Prompt lengths instead of a mask, where the mask says no more: `Run`'s `lengths` and `is_padded`."""
+        """Prompt lengths instead of a mask, where the mask says no more: `Run`'s `lengths` and `full`."""
         mask = None if self.spec.prompt_mask is None else rows.get(self.spec.prompt_mask)
         if mask is None:
-            return {"is_padded": False}
+            return {"full": (True,) * len(rows[self.spec.latents[0]])}
         lengths = self.memo.get("lengths", (mask,), lambda: key_lengths(mask))
         if not lengths.numel():
             self.fusion.has_masks = True
             return {}
-        if lengths.min() == mask.shape[1]:
-            return {"is_padded": False}
-        return {"lengths": self.memo.get("lengths there", (mask,), lambda: lengths.to(mask.device))}
+        full = (lengths == mask.shape[1]).tolist()
+        return {"full": full, "lengths": self.memo.get("lengths there", (mask,), lambda: lengths.to(mask.device))}
 
     def _device_scales(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         if (values, device) not in self._scales:

@@ -39,8 +39,8 @@ class Run:
     max_rows   rows that a module gets at once; None: all of them
     memo       keeps rows selected from what depends on the prompt alone
     fused      per block: its forward built from `stg_kernels`, or None for the module's own
-    lengths    tokens of each row's prompt, int32 [K * B] on the device, or None where the mask has to say it
-    is_padded  False if no prompt has padding
+    lengths    tokens of each row's prompt, int32 [K * B], or None where the mask has to say it
+    full       per row, whether its prompt has no padding; empty where the mask has to say it
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Run:
         memo: Memo,
         fused: Sequence[Forward | None],
         lengths: Tensor | None = None,
-        is_padded: bool = True,
+        full: Sequence[bool] = (),
     ) -> None:
         self.plan, self.spec, self.videos, self.max_rows, self.memo = plan, spec, videos, max_rows, memo
-        self.fused, self.lengths, self.is_padded = fused, lengths, is_padded
+        self.fused, self.lengths, self.full = fused, lengths, full
         self.names = tuple(branch.name for branch in plan.branches)
         self._live = self.names
         self._states: dict[str, tuple[tuple[Tensor, ...], int]] = {}
@@ -78,7 +78,7 @@ class Run:
         for name in per_video:
             arguments[name] = self._one_per_video(arguments.get(name))
         if fused is not None:
-            arguments["key_lengths"] = self.lengths
+            arguments["key_lengths"] = self._lengths(inputs[0].device)
             carriers += ("key_lengths",)
         for name in carriers:
             arguments[name] = self._take(arguments.get(name), names)
@@ -92,6 +92,17 @@ class Run:
             outputs = self._streams(self.names)
             self._states.clear()
         return outputs if len(outputs) > 1 else outputs[0]
+
+    @property
+    def is_padded(self) -> bool:
+        """False if no row in hand has padding in its prompt; a row's own answer if it is alone, whatever the batch."""
+        rows = (self.names.index(name) * self.videos + video for name, video in self._current)
+        return not self.full or not all(self.full[row] for row in rows)
+
+    def _lengths(self, device: torch.device) -> Tensor | None:
+        """On the device of the rows, which offloading may have moved."""
+        lengths = self.lengths
+        return None if lengths is None else self.once(("lengths", device), lengths, lambda: lengths.to(device))
 
     def videos_of_rows(self, device: torch.device) -> Tensor | None:
         """int64 [R]: the video of each row that the block in hand has; None if there is but one."""

@@ -107,7 +107,7 @@ def forward(
         if mask is not None:
             mask = attention.prepare_attention_mask(mask, k.shape[1], k.shape[0])
             mask = mask.view(k.shape[0], attention.heads, -1, mask.shape[-1])
-        return _attend(attention, q, k, v, mask, key_lengths)
+        return _attend(attention, q, k, v, mask, key_lengths if run.is_padded else None)
 
     x = hidden_states
     normed = _norm(block.norm1, x, scale_attn, shift_attn, row_map)

@@ -13,6 +13,8 @@ import stg_engine
 from stg_engine import Denoiser, STGConfig, denoiser
 from stg_engine.fused import ltx
 from stg_engine.inputs import key_lengths
+from stg_engine.plan import Plan
+from stg_engine.rows import Run
 
 FP32_RELATIVE = 2e-6  # DESIGN: fp32 on CPU
 CONFIG = STGConfig(layers=(2,))
@@ -96,6 +98,26 @@ def test_every_mask_gives_what_the_modules_give(name, max_rows, attention_calls)
     assert relative_error(guided(transformer, inputs, max_rows=max_rows), expected) <= FP32_RELATIVE
     lengths = [call["key_lengths"] for call in attention_calls if call["key_lengths"] is not None]
     assert bool(lengths) == (name == "padded")
+    if max_rows is None:  # self- and cross-attention of four blocks, but for masks that lengths cannot say
+        assert len(attention_calls) == (4 if name in ("holes", "left") else 8)
+
+
+def test_a_full_prompt_beside_a_padded_one_has_the_bits_of_its_pass_run_alone(attention_calls):
+    shared, cond, uncond = tiny_inputs(1)
+    cond["encoder_attention_mask"] = MASKS["full"][:1]
+    uncond["encoder_attention_mask"] = MASKS["padded"][:1]
+    transformer = tiny_transformer()
+    with Denoiser(transformer, CONFIG, execution="serial") as engine:
+        beside = engine.branches(shared, cond, uncond)["cond"]
+        lengths = [call["key_lengths"] for call in attention_calls]
+        assert len([x for x in lengths if x is not None]) == 4  # uncond's alone
+        assert torch.equal(engine.branches(shared, cond)["cond"], beside)
+
+
+def test_lengths_follow_the_rows_to_their_device():
+    run = Run(Plan.build(CONFIG, 4, uncond=False), None, 1, None, None, (), torch.tensor([3]), (False,))
+    assert run._lengths(torch.device("meta")).device.type == "meta"
+    assert run._lengths(torch.device("cpu")) is run.lengths
 
 
 def test_padding_is_not_read():

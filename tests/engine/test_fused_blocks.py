@@ -390,7 +390,7 @@ def test_pipeline_and_report():
         assert "kernels    modules as they are" in str(engine.report())
     with stg_engine.attach(pipe, config) as engine:
         actual = latents_of(pipe, ["a red cat", "blue dog"])
-        assert "kernels    stg_kernels (C++) in 4 of 4 blocks;" in str(engine.report())
+        assert "kernels    stg_kernels (C++) in 4 of 4 blocks\n" in str(engine.report())
     assert (actual - expected).norm() <= FP32_RELATIVE * expected.norm()
 
 

@@ -329,3 +329,13 @@ def test_a_plain_call_is_one_part():
     ((_, _, part),) = split(q, k[:1], v[:1], None, None, (), (), None, 1.0)
     assert part.shared_row
     assert part.features == "shared keys"
+
+
+def test_autocast_changes_nothing():
+    q = torch.randn(1, 5, 2, 16)
+    expected = branch_attention(q, q, q)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for backend in (None, "torch", "reference"):
+            actual = branch_attention(q, q, q, backend=backend)
+            assert actual.dtype == torch.float32
+            assert (actual - expected).abs().max() <= 4 * torch.finfo(torch.float32).eps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import SupportsIndex
 
 import torch
@@ -86,11 +87,13 @@ def branch_attention(
     if not 0 < scale < math.inf:
         raise ValueError(f"scale={scale} is not allowed; it must be a finite number above 0")
     arguments = (q, k, v, kv_rows, key_lengths, value_rows, own_key_rows, borders, scale)
-    if backend == "reference" or (q.dtype == torch.float64 and backend is None):
-        from stg_kernels.attention import reference  # loaded when it runs, as those of other ops
+    is_autocast = q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
+    with torch.autocast(q.device.type, enabled=False) if is_autocast else nullcontext():
+        if backend == "reference" or (q.dtype == torch.float64 and backend is None):
+            from stg_kernels.attention import reference  # loaded when it runs, as those of other ops
 
-        return reference.branch_attention(*arguments)
-    return torch.ops.stg.branch_attention(*arguments, backend)
+            return reference.branch_attention(*arguments)
+        return torch.ops.stg.branch_attention(*arguments, backend)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -38,6 +39,10 @@ def spread(part: Part) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+_sdpa_flags = threading.Lock()
+"""`sdpa_kernel` switches flags of the process: two threads would leave them changed."""
+
+
 def _sdpa(part: Part, kernel: SDPBackend | None = None) -> Tensor:
     if part.key_lengths is not None and part.q.device.type == "cpu":
         return _rows_apart(part, part.key_lengths)
@@ -50,7 +55,7 @@ def _sdpa(part: Part, kernel: SDPBackend | None = None) -> Tensor:
     if kernel is None:
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=part.scale)
     else:
-        with sdpa_kernel(kernel):
+        with _sdpa_flags, sdpa_kernel(kernel):
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=part.scale)
     if mask is not None:
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)

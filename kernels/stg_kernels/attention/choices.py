@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 
 from stg_kernels.attention.parts import Part
 
 VERSION = 1
 """Of the Triton kernel and of the file; raised when either changes."""
 
-PACKAGES = ("triton", "xformers", "flash-attn", "flash-attn-3", "flash-attn-4")
+PACKAGES = ("triton", "xformers", "flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
 FIELDS = {"kind": dict, "versions": dict, "backend": str, "seconds": dict, "refused": dict}
@@ -84,14 +85,13 @@ class Choices:
         """Into memory and the file, beside what other processes, devices and versions have there."""
         self._known[kind] = choice
         path, new = file(), {"kind": kind._asdict(), "versions": _versions(), **asdict(choice)}
-        others = [
-            entry for entry in _entries(path) if (entry["kind"], entry["versions"]) != (new["kind"], new["versions"])
-        ]
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps([*others, new], indent=1))
-            temporary.replace(path)
+            with FileLock(f"{path}.lock", timeout=10):
+                others = [old for old in _entries(path) if any(old[key] != new[key] for key in ("kind", "versions"))]
+                temporary.write_text(json.dumps([*others, new], indent=1))
+                temporary.replace(path)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink()
@@ -121,19 +121,26 @@ def file() -> Path:
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    """The file's entries; none, with a warning, of a file that cannot be read."""
+    """The file's entries that are understood, with a warning if that is not all of it."""
     try:
         entries = json.loads(path.read_text())
-        for entry in entries:
-            hash(Kind(**entry["kind"]))
-            if wrong := [name for name, kind in FIELDS.items() if not isinstance(entry[name], kind)]:
-                raise TypeError(f"wrong type of {', '.join(wrong)}")
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         warnings.warn(f"{path} cannot be read ({error}); attention is chosen without it", stacklevel=2)
         return []
-    return entries
+    understood = [entry for entry in entries if _is_entry(entry)] if isinstance(entries, list) else []
+    if not isinstance(entries, list) or len(understood) < len(entries):
+        warnings.warn(f"{path} holds more than attention choices, which is left out", stacklevel=2)
+    return understood
+
+
+def _is_entry(entry: Any) -> bool:
+    try:
+        hash(Kind(**entry["kind"]))
+        return all(isinstance(entry[name], kind) for name, kind in FIELDS.items())
+    except (TypeError, KeyError):
+        return False
 
 
 @cache

@@ -74,9 +74,9 @@ def choose(part: Part, kind: Kind) -> Backend:
     rows = part.q.shape[0]
     is_open = _tuned is not None and (choice is None or kind in _tuned) and rows > _tuned.get(kind, 0)
     if _tuned is not None and is_open and not _is_capturing(part.q):
-        choice = tune(part)
-        choices.put(kind, choice)
         _tuned[kind] = rows
+        if (measured := tune(part)) is not None:
+            choices.put(kind, choice := measured)
     if choice is not None:
         for backend in backends():
             if backend.name == choice.backend and not backend.why_not(part):
@@ -141,24 +141,29 @@ def tuning(*, again: bool = False) -> Iterator[None]:
         _ran.update({kind: value for kind, value in ran.items() if kind not in _ran})
 
 
-def tune(part: Part) -> Choice:
-    """Time every exact backend on this part, refuse those that are less exact than the budget, keep the fastest."""
-    candidates = [backend for backend in backends() if backend.is_exact and backend.name != "torch"]
-    refused = {backend.name: reason for backend in candidates if (reason := backend.why_not(part))}
-    candidates = [backend for backend in candidates if backend.name not in refused]
-    if len(candidates) > 1:
-        sample = Sample(part)
-        for backend in list(candidates):
-            try:
-                reason = sample.why_not(backend.run(part))
-            except Exception as error:  # a library's own refusal, of whatever kind, is no reason to stop
-                reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            if reason:
-                refused[backend.name] = reason
-                candidates.remove(backend)
-    seconds = {b.name: measure(partial(b.run, part), part.q.device) for b in candidates} if len(candidates) > 1 else {}
-    fastest = min(seconds, key=seconds.__getitem__) if seconds else (candidates or backends()[-1:])[0].name
-    return Choice(fastest, seconds, refused)
+def tune(part: Part) -> Choice | None:
+    """Time every exact backend on this part, refuse those that are less exact than the budget, keep the fastest.
+
+    None if none is left: inputs that are not finite, or no memory, say nothing of a backend.
+    """
+    refused: dict[str, str] = {}
+    candidates: list[Backend] = []
+    sample = Sample(part)
+    for backend in backends():
+        if not backend.is_exact or backend.name == "torch":
+            continue
+        try:
+            reason = backend.why_not(part) or sample.why_not(backend.run(part))
+        except Exception as error:  # a library's own refusal, of whatever kind, is no reason to stop
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        if reason:
+            refused[backend.name] = reason
+        else:
+            candidates.append(backend)
+    if len(candidates) < 2:
+        return Choice(candidates[0].name, {}, refused) if candidates else None
+    seconds = {backend.name: measure(partial(backend.run, part), part.q.device) for backend in candidates}
+    return Choice(min(seconds, key=seconds.__getitem__), seconds, refused)
 
 
 class Sample:
@@ -197,9 +202,10 @@ def measure(call: Any, device: torch.device) -> float:
 
 def used() -> dict[str, str]:
     """Per kind of attention that ran since `forget_used`, the last backend and why: pinned, measured, or neither."""
+    ran = dict(_ran)  # another thread may add to it
     measured = {(kind, choice.backend) for kind, choice in choices.all().items() if choice.seconds}
-    why = {kind: "pinned" if pin else "measured" if (kind, n) in measured else "" for kind, (n, _, pin) in _ran.items()}
-    return {str(kind): f"{name}{pick}{', ' * bool(why[kind])}{why[kind]}" for kind, (name, pick, _) in _ran.items()}
+    why = {kind: "pinned" if pin else "measured" if (kind, n) in measured else "" for kind, (n, _, pin) in ran.items()}
+    return {str(kind): f"{name}{pick}{', ' * bool(why[kind])}{why[kind]}" for kind, (name, pick, _) in ran.items()}
 
 
 def ran(part: Part) -> str:

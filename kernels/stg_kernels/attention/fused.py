@@ -168,7 +168,7 @@ def _attention_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and launch options; `majors`: compute capabilities where the kernel is compiled without a spill."""
+    """Tile sizes and launch options; `majors`: compute capabilities where it spills nothing at head size 64 and 128."""
 
     block_m: int
     block_n: int
