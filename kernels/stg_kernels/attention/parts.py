@@ -42,8 +42,8 @@ class Part:
 
     @property
     def shared_row(self) -> bool:
-        """True if all rows read one row of k and v."""
-        return self.kv_rows is not None and len(set(self.kv_rows)) == 1
+        """True if all rows read the one row that k and v have."""
+        return self.kv_rows is not None and self.k.shape[0] == 1
 
 
 def of_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
