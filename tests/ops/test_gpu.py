@@ -145,7 +145,7 @@ def test_attention_at_true_shapes(shape, rows, kind):
     for part in parts_of(**attention_of(kind, rows, shape.tokens, shape.heads, shape.head_size)):
         able = [backend for backend in backends() if backend.is_exact and not backend.why_not(part)]
         assert any(backend.name in TRITON for backend in able)
-        sample = dispatch._Sample(part)
+        sample = dispatch.Sample(part)
         wrong = {}
         for backend in able:
             try:
@@ -159,7 +159,7 @@ def test_attention_at_true_shapes(shape, rows, kind):
 
 def test_lossy_attention_is_near():
     for part in parts_of(normal(2, 1000, 8, 64), normal(2, 1000, 8, 64), normal(2, 1000, 8, 64)):
-        exact = dispatch._Sample(part)
+        exact = dispatch.Sample(part)
         for backend in backends():
             if not backend.is_exact and not backend.why_not(part):
                 result = backend.run(part)[:, exact.at].double()
@@ -250,4 +250,4 @@ def test_attention_over_more_than_two_to_the_31_elements(name):
     assert q.numel() > 2**31
     part = Part(q, q[:, kept], q[:, kept], size**-0.5)
     out = branch_attention(q, q[:, kept], q[:, kept], backend=name)
-    assert dispatch._Sample(part).why_not(out) == ""
+    assert dispatch.Sample(part).why_not(out) == ""
