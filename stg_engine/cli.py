@@ -58,7 +58,7 @@ def _plan(args: argparse.Namespace) -> None:
     model = find_model(options.model)
     setting = choose_setting(model, options)
     plan = setting.plan(model)
-    print(f"{model.name}: {model.spec.family}, {model.num_blocks} blocks\n{setting}\n\n{plan}")
+    print(f"{model.name}: {model.spec.family}, {model.num_layers} blocks\n{setting}\n\n{plan}")
 
 
 def _typed(kind: type[Any], args: argparse.Namespace) -> Any:

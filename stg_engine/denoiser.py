@@ -16,11 +16,11 @@ from stg_engine.guard import refuse_compiled, refuse_in_guided_step
 from stg_engine.hooks import install, is_installed, remove
 from stg_engine.inputs import Inputs, all_rows, check_inputs, key_lengths
 from stg_engine.memo import Memo, fingerprint
-from stg_engine.models import ModelSpec, spec_of
-from stg_engine.once import OncePerPrompt, OncePerStep, PerRow, TimeEmbedding
+from stg_engine.models import ModelSpec, modules_at, spec_of
+from stg_engine.once import BetweenBlocks, OncePerPrompt, OncePerStep, PerRow, TimeEmbedding
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS
-from stg_engine.rows import BlockHook, Run, SelfAttentionHook, Slot
+from stg_engine.rows import BlockHook, LinkHook, Run, SelfAttentionHook, Slot
 
 EXECUTIONS = ("batched", "serial")
 KERNELS = ("auto", "off")
@@ -57,6 +57,7 @@ class Denoiser:
         self.spec = spec_of(getattr(transformer, "_orig_mod", transformer))
         self.transformer = transformer
         self.blocks = self.spec.block_list(transformer)
+        self.num_layers = len(self.blocks) // len(self.spec.axes)
         refuse_compiled(transformer, self.blocks)
         self.config = self._published() if config is None else config
         self.max_rows = _max_rows(execution, max_rows)
@@ -70,7 +71,7 @@ class Denoiser:
             )
         self.memo = Memo()
         self.differences: dict[str, Tensor] = {}
-        self._attentions = [block.get_submodule(self.spec.self_attention) for block in self.blocks]
+        self._attentions = self._self_attentions()
         self.fusion = Fusion(self.spec.fused, kernels)
         self._scales: dict[tuple, Tensor] = {}
         self._slot = Slot()
@@ -129,15 +130,15 @@ class Denoiser:
         """Rows per block for one step's guidance."""
         key = (step, uncond)
         if key not in self._plans:
-            self._plans[key] = Plan.build(step, len(self.blocks), uncond=uncond, **self._plan_options())
+            self._plans[key] = Plan.build(step, self.num_layers, uncond=uncond, **self._plan_options())
         return self._plans[key]
 
     def plans(self, guidance_scale: float | None = None) -> Plan | Plans:
         """The config's plan while its skips are on, without uncond if `guidance_scale` <= 1; a schedule's plans."""
         if self.config.schedule is not None:
-            return build_plans(self.config, len(self.blocks), guidance_scale=guidance_scale, **self._plan_options())
+            return build_plans(self.config, self.num_layers, guidance_scale=guidance_scale, **self._plan_options())
         uncond = guidance_scale is None or guidance_scale > 1
-        return Plan.build(self.config, len(self.blocks), uncond=uncond, **self._plan_options())
+        return Plan.build(self.config, self.num_layers, uncond=uncond, **self._plan_options())
 
     def release(self) -> None:
         """Drop what is kept from step to step: prompt keys and values, caption projection."""
@@ -186,7 +187,8 @@ class Denoiser:
             fused = self.fusion.forwards(self.transformer, self.blocks, shared[self.spec.latents[0]])
             rows = all_rows(self.spec, names, shared, cond, uncond, self.memo)
             lengths = self._key_lengths(rows) if any(fused) else {}
-            self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused, **lengths)
+            texts = tuple(value for value in prompt if value is not None)
+            self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused, texts, **lengths)
             outputs = forward(**rows, return_dict=False)
         except BaseException:
             self.release()
@@ -263,12 +265,15 @@ class Denoiser:
                 self.differences[key] = guidance.largest_difference(branches["cond"], branches[name])
 
     def _once_per_prompt(self) -> list[nn.Module]:
-        modules = [self.transformer.get_submodule(path) for path in self.spec.once_per_prompt]
-        return modules + [b.get_submodule(path) for b in self.blocks for path in self.spec.once_per_prompt_in_block]
+        modules = modules_at(self.transformer, self.spec.once_per_prompt)
+        return modules + [m for b in self.blocks for m in modules_at(b, self.spec.once_per_prompt_in_block)]
+
+    def _self_attentions(self) -> list[nn.Module]:
+        return [module for block in self.blocks for module in modules_at(block, self.spec.self_attention)]
 
     def _refuse_replaced_modules(self) -> None:
         blocks = self.spec.block_list(self.transformer)
-        attentions = [block.get_submodule(self.spec.self_attention) for block in self.blocks]
+        attentions = self._self_attentions()
         if any(map(operator.is_not, blocks, self.blocks)) or any(map(operator.is_not, attentions, self._attentions)):
             raise RuntimeError("a block or its self-attention was replaced; detach and attach again")
 
@@ -276,38 +281,36 @@ class Denoiser:
         if not isinstance(self.config, STGConfig):
             raise TypeError(f"config={self.config!r} is not allowed; it must be an STGConfig")
         for skip in self.config.skips:
-            check_layers(skip, len(self.blocks))
-            if skip.axis is not None:
-                raise ValueError(f"axis={skip.axis!r} is not allowed: {self.spec.family} has no factorised attention")
+            check_layers(skip, self.num_layers, self.spec.axes)
 
     def _published(self) -> STGConfig:
-        name = self.spec.presets.get(len(self.blocks))
+        name = self.spec.presets.get(self.num_layers)
         if name is None:
             raise ValueError(
                 f"config=None is not allowed: no preset was published for {self.spec.family} "
-                f"with {len(self.blocks)} blocks; pass STGConfig(layers=...)"
+                f"with {self.num_layers} blocks; pass STGConfig(layers=...)"
             )
         return PRESETS[name].config
 
     def _plan_options(self) -> dict[str, Any]:
-        is_on = any(skip.scale > 0 for skip in self.config.skips)  # without, it is plain diffusers that runs
-        return {"prompt_block": self.spec.prompt_block, "shares_attention": self.spec.shares_attention and is_on}
+        return self.spec.plan_options(is_on=any(skip.scale > 0 for skip in self.config.skips))
 
     def _install(self) -> None:
+        spec, slot, root = self.spec, self._slot, self.transformer
         hooks: list[tuple[nn.Module, Any]] = []
-        for path, rows in self.spec.once_per_step.items():
-            hooks.append((self.transformer.get_submodule(path), OncePerStep(self._slot, rows)))
-        if self.spec.time_embedding is not None:
-            hooks.append((self.transformer.get_submodule(self.spec.time_embedding), TimeEmbedding(self._slot)))
-        for path in self.spec.once_per_prompt:
-            hooks.append((self.transformer.get_submodule(path), OncePerPrompt(self._slot, self.memo)))
-        for path in self.spec.per_row:
-            hooks.append((self.transformer.get_submodule(path), PerRow(self._slot)))
+        for kind, paths in (
+            (OncePerStep, spec.once_per_step),
+            (BetweenBlocks, spec.between_blocks or {}),
+            (PerRow, spec.per_row),
+        ):
+            for path, carriers in paths.items():
+                hooks += [(module, kind(slot, carriers)) for module in modules_at(root, (path,))]
+        hooks += [(module, TimeEmbedding(slot)) for module in modules_at(root, spec.time_embedding)]
+        hooks += [(module, OncePerPrompt(slot, self.memo)) for module in self._once_per_prompt()]
         for index, block in enumerate(self.blocks):
-            hooks.append((block, BlockHook(self._slot, index)))
-            hooks.append((block.get_submodule(self.spec.self_attention), SelfAttentionHook(self._slot, index)))
-            for path in self.spec.once_per_prompt_in_block:
-                hooks.append((block.get_submodule(path), OncePerPrompt(self._slot, self.memo)))
+            hooks.append((block, BlockHook(slot, index)))
+            hooks += [(module, SelfAttentionHook(slot, index)) for module in modules_at(block, spec.self_attention)]
+            hooks += [(module, LinkHook(slot)) for module in modules_at(block, spec.links)]
         try:
             for module, hook in hooks:
                 install(module, hook)

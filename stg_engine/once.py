@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stg_engine.hooks import EngineHook
+from stg_engine.layout import Rows, chunk_ranges, join, narrow, select
 from stg_engine.memo import Memo
-from stg_engine.rows import Slot, chunk_ranges, narrow
+from stg_engine.rows import Run, Slot
 
 
 class OncePerPrompt(EngineHook):
@@ -26,31 +26,63 @@ class OncePerPrompt(EngineHook):
             return forward(*args, **kwargs)
         x = args[0]
         if not self.memo.owns(x):
-            return in_chunks(forward, x, run.max_rows)
-        return self.memo.get(id(self), (x,), lambda: in_chunks(forward, x, run.max_rows))
+            return in_chunks(forward, x, run.max_rows, run.rows_in_hand)
+        return self.memo.get(id(self), (x,), lambda: in_chunks(forward, x, run.max_rows, run.rows_in_hand))
 
 
-class OncePerStep(EngineHook):
-    """Runs on one branch's rows, the first B of K * B; all branches get the result.
+class RowsHook(EngineHook):
+    """Runs a module outside the blocks on the rows that need it, `max_rows` at a time; all rows get the result.
 
-    `rows` are positions, not names: a PEFT layer in the module's place has other argument names.
+    `carriers` are its arguments with rows: positions where the forward passes them so, because a PEFT layer in the
+    module's place has other names. Which rows need it: a subclass each.
     """
 
-    def __init__(self, slot: Slot, rows: tuple[int, ...]) -> None:
+    def __init__(self, slot: Slot, carriers: tuple[int | str, ...]) -> None:
         super().__init__()
-        self.slot, self.rows = slot, rows
+        self.slot, self.carriers = slot, carriers
+
+    def needed(self, run: Run) -> tuple[tuple[str, ...], list[int]]:
+        """The branches to run on, and for each branch the place among them of its result."""
+        raise NotImplementedError
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward, run = self.fn_ref.original_forward, self.slot.run
-        if run is None or kwargs:
+        if run is None:
             return forward(*args, **kwargs)
-        parts = [
-            forward(*(narrow(arg, start, stop) if i in self.rows else arg for i, arg in enumerate(args)))
-            for start, stop in chunk_ranges(run.videos, run.max_rows)
-        ]
-        if isinstance(parts[0], tuple):
-            return tuple(_repeat(torch.cat(items), len(run.names)) for items in zip(*parts, strict=True))
-        return _repeat(torch.cat(parts), len(run.names))
+        names, places = self.needed(run)
+        total = len(run.names) * run.videos
+        rows = [run.names.index(name) * run.videos + video for name in names for video in range(run.videos)]
+
+        def of(key: int | str, value: Any, chunk: list[int]) -> Any:
+            return select(value, chunk, total) if key in self.carriers else value
+
+        parts = []
+        for start, stop in chunk_ranges(len(rows), run.max_rows):
+            chunk = rows[start:stop]
+            positional = (of(i, arg, chunk) for i, arg in enumerate(args))
+            parts.append(forward(*positional, **{name: of(name, arg, chunk) for name, arg in kwargs.items()}))
+        return _spread(join(parts), places, len(names), run.videos)
+
+
+class OncePerStep(RowsHook):
+    """On one branch's rows: they are equal in all."""
+
+    def needed(self, run: Run) -> tuple[tuple[str, ...], list[int]]:
+        return run.names[:1], [0] * len(run.names)
+
+
+class BetweenBlocks(RowsHook):
+    """On the rows of branches that differ in front of the next block."""
+
+    def needed(self, run: Run) -> tuple[tuple[str, ...], list[int]]:
+        return run.distinct()
+
+
+class PerRow(RowsHook):
+    """On all rows."""
+
+    def needed(self, run: Run) -> tuple[tuple[str, ...], list[int]]:
+        return run.names, list(range(len(run.names)))
 
 
 class TimeEmbedding(EngineHook):
@@ -75,33 +107,26 @@ class TimeEmbedding(EngineHook):
             values, inverse = timestep.unique(return_inverse=True)
             results = tuple(result[inverse] for result in forward(values, *args, **kwargs))
         else:
-            size = None if run.max_rows is None else run.max_rows * per_video
-            parts = [forward(narrow(timestep, a, b), *args, **kwargs) for a, b in chunk_ranges(timestep.numel(), size)]
-            results = tuple(map(torch.cat, zip(*parts, strict=True)))
+            parts = [
+                forward(narrow(timestep, start, stop, run.videos), *args, **kwargs)
+                for start, stop in chunk_ranges(run.videos, run.max_rows)
+            ]
+            results = join(parts)
         return tuple(result.repeat(branches, *[1] * (result.ndim - 1)) for result in results)
 
 
-class PerRow(EngineHook):
-    """Runs a module of one argument at most `max_rows` rows at a time."""
-
-    def __init__(self, slot: Slot) -> None:
-        super().__init__()
-        self.slot = slot
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        forward, run = self.fn_ref.original_forward, self.slot.run
-        if run is None or len(args) != 1 or kwargs:
-            return forward(*args, **kwargs)
-        return in_chunks(forward, args[0], run.max_rows)
+def in_chunks(forward: Callable[[Tensor], Tensor], x: Tensor, max_rows: int | None, total: int) -> Tensor:
+    """`forward(x)`, at most `max_rows` of its `total` rows at a time."""
+    return join([forward(narrow(x, start, stop, total)) for start, stop in chunk_ranges(total, max_rows)])
 
 
-def in_chunks(forward: Callable[[Tensor], Tensor], x: Tensor, max_rows: int | None) -> Tensor:
-    """`forward(x)`, at most `max_rows` rows of dim 0 at a time."""
-    parts = [forward(narrow(x, start, stop)) for start, stop in chunk_ranges(x.shape[0], max_rows)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _repeat(rows: Tensor, branches: int) -> Tensor:
-    if rows.shape[0] == 1:
-        return rows.expand(branches, *rows.shape[1:])
-    return rows.repeat(branches, *[1] * (rows.ndim - 1))
+def _spread(value: Rows, places: list[int], count: int, videos: int) -> Rows:
+    """Rows of `count` branches -> rows of `len(places)`; a view where there is one entry for all."""
+    if isinstance(value, tuple):
+        return tuple(_spread(item, places, count, videos) for item in value)
+    if value is None or places == list(range(count)):
+        return value
+    if value.shape[0] == 1:
+        return value.expand(len(places), *value.shape[1:])
+    rows = [place * videos + video for place in places for video in range(videos)]
+    return select(value, rows, count * videos)

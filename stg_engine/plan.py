@@ -26,11 +26,15 @@ LEGEND = {
 
 @dataclass(frozen=True)
 class Branch:
-    """One prediction: the prompt it reads, and per skipped block the (mode, axis) of the skip."""
+    """One prediction: the prompt it reads, per skipped block the mode of the skip, and whether modalities are isolated.
+
+    `is_isolated`: attention between video and audio is cut in every block (LTX-2's modality guidance).
+    """
 
     name: str
     prompt: str = "cond"
-    skips: Mapping[int, tuple[str, str | None]] = field(default_factory=dict, hash=False)
+    skips: Mapping[int, str] = field(default_factory=dict, hash=False)
+    is_isolated: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,15 @@ class Plan:
     """Branches x blocks -> rows.
 
     branches      in row order: uncond (if any), cond, skip, skip2, ...; each owns B rows for B videos
-    num_blocks    L
-    prompt_block  the first block that reads the prompt; `shares_attention` says whether its self-attention comes before
+    num_blocks    L, in factorised models the spatial and the temporal ones
+    axes          (None,), or ("spatial", "temporal"): the blocks of a layer, in order
+    prompt_block  the first block that reads the prompt; -1: uncond and cond differ before the blocks
+    shares_attention   whether the self-attention of that block comes before it reads the prompt
     """
 
     branches: tuple[Branch, ...]
     num_blocks: int
+    axes: tuple[str | None, ...] = (None,)
     prompt_block: int = 0
     shares_attention: bool = True
     title: str = ""
@@ -61,25 +68,28 @@ class Plan:
     def build(
         cls,
         guidance: STGConfig | StepGuidance,
-        num_blocks: int,
+        num_layers: int,
         *,
         uncond: bool = True,
+        axes: tuple[str | None, ...] = (None,),
         prompt_block: int = 0,
         shares_attention: bool = True,
         title: str = "",
     ) -> Plan:
-        """The plan of one step. `ValueError` for a layer that the model does not have, or a config with a schedule."""
+        """The plan of one step. `ValueError` for a layer or axis that the model does not have, and for a schedule."""
         if isinstance(guidance, STGConfig):
             if guidance.schedule is not None:
                 raise ValueError("schedule has a plan per entry; use stg_engine.plan.build_plans")
             guidance = StepGuidance(tuple(skip for skip in guidance.skips if skip.scale > 0), guidance.rescale)
         for skip in guidance.skips:
-            check_layers(skip, num_blocks)
+            check_layers(skip, num_layers, axes)
         branches = [Branch("uncond", prompt="uncond")] if uncond else []
         branches.append(Branch("cond"))
         for name, skip in zip(guidance.names, guidance.skips, strict=True):
-            branches.append(Branch(name, skips=dict.fromkeys(skip.layers, (skip.mode, skip.axis))))
-        return cls(tuple(branches), num_blocks, prompt_block, shares_attention, title)
+            places = [i for i, axis in enumerate(axes) if skip.axis in (None, axis)]
+            blocks = [layer * len(axes) + place for layer in skip.layers for place in places]
+            branches.append(Branch(name, skips=dict.fromkeys(blocks, skip.mode)))
+        return cls(tuple(branches), num_layers * len(axes), axes, prompt_block, shares_attention, title)
 
     @cached_property
     def forks(self) -> Mapping[str, Fork]:
@@ -90,15 +100,23 @@ class Plan:
         for branch in self.branches:
             if branch is cond:
                 continue
-            candidates = [(self._equal_until(branch, other), other.name) for other in placed]
-            block, parent = max(candidates, key=lambda candidate: candidate[0])
+            candidates = [
+                (self._equal_until(branch, other), other.prompt == branch.prompt, other.name) for other in placed
+            ]
+            block, _, parent = max(candidates, key=lambda candidate: candidate[:2])
             forks[branch.name] = Fork(branch.name, parent, block)
             placed.append(branch)
         return forks
 
     def _equal_until(self, a: Branch, b: Branch) -> int:
+        if a.prompt != b.prompt and self.prompt_block < 0:
+            return -1
         for block in range(self.num_blocks):
-            if a.skips.get(block) != b.skips.get(block) or (a.prompt != b.prompt and block >= self.prompt_block):
+            if (
+                a.skips.get(block) != b.skips.get(block)
+                or a.is_isolated != b.is_isolated
+                or (a.prompt != b.prompt and block >= self.prompt_block)
+            ):
                 return block
         raise ValueError(f"branches {a.name} and {b.name} never differ; drop one of them")
 
@@ -112,7 +130,7 @@ class Plan:
 
     def shared_attention(self, block: int) -> Mapping[str, str]:
         """Branches whose self-attention input in this block equals that of another branch: {branch: the other}."""
-        if block != self.prompt_block or not self.shares_attention:
+        if not self.shares_attention:
             return {}
         by_name = {branch.name: branch for branch in self.branches}
         return {
@@ -127,13 +145,18 @@ class Plan:
 
     def skipping_attention(self, block: int) -> tuple[str, ...]:
         """Branches whose self-attention returns V in this block."""
-        return tuple(b.name for b in self.branches if b.skips.get(block, ("",))[0] == "attention")
+        return tuple(b.name for b in self.branches if b.skips.get(block) == "attention")
+
+    def parent_of_rows(self, name: str, block: int) -> str:
+        """The branch that has rows for `name` in front of `block`: itself, or the one that it still equals."""
+        fork = self.forks.get(name)
+        return name if fork is None or fork.block < block else self.parent_of_rows(fork.parent, block)
 
     def _state(self, branch: Branch, block: int) -> str:
         fork = self.forks.get(branch.name)
         if fork is not None and block < fork.block:
             return SHARED
-        if branch.skips.get(block, ("",))[0] == "residual":
+        if branch.skips.get(block) == "residual":
             return PASS
         return PART if branch.name in self.shared_attention(block) else ROWS
 
@@ -150,7 +173,7 @@ class Plan:
     def __str__(self) -> str:
         columns = [tuple(self._state(branch, block) for branch in self.branches) for block in range(self.num_blocks)]
         ranges = [[block for block, _ in run] for _, run in groupby(enumerate(columns), key=lambda item: item[1])]
-        heads = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ranges]
+        heads = [self._range(run[0], run[-1]) for run in ranges]
         table = [["blocks", *heads, ""]]
         for i, branch in enumerate(self.branches):
             table.append([branch.name, *(columns[run[0]][i] for run in ranges), self._origin(branch)])
@@ -167,10 +190,19 @@ class Plan:
         fork = self.forks.get(branch.name)
         if fork is None:
             return ""
-        layers = ", ".join(map(str, branch.skips))
-        modes = "/".join(sorted({mode for mode, _ in branch.skips.values()}))
+        layers = ", ".join(map(self._label, branch.skips))
+        modes = "/".join(sorted(set(branch.skips.values())))
         reason = f"{modes} skip of {layers}" if branch.skips else "its prompt enters"
-        return f"forks from {fork.parent} in block {fork.block}: {reason}"
+        reason = "its modalities are isolated" if branch.is_isolated else reason
+        where = "before the blocks" if fork.block < 0 else f"in block {self._label(fork.block)}"
+        return f"forks from {fork.parent} {where}: {reason}"
+
+    def _label(self, block: int) -> str:
+        layer, place = divmod(block, len(self.axes))
+        return f"{layer}{(self.axes[place] or '')[:1]}"
+
+    def _range(self, first: int, last: int) -> str:
+        return self._label(first) if first == last else f"{self._label(first)}-{self._label(last)}"
 
     def cost_line(self) -> str:
         """One sentence: block-rows, pass-equivalents and the bound that sharing alone gives."""
@@ -192,7 +224,7 @@ class Plans(tuple[Plan, ...]):
         return "\n\n".join("\n".join([*titles, picture]) for picture, titles in pictures.items())
 
 
-def build_plans(config: STGConfig, num_blocks: int, *, guidance_scale: float | None = None, **options: Any) -> Plans:
+def build_plans(config: STGConfig, num_layers: int, *, guidance_scale: float | None = None, **options: Any) -> Plans:
     """One plan per entry of `config.schedule`. Entries with guidance scale 1 have no uncond branch.
 
     `guidance_scale` stands in where an entry leaves it to the caller; `options` are those of `Plan.build`.
@@ -205,13 +237,23 @@ def build_plans(config: STGConfig, num_blocks: int, *, guidance_scale: float | N
         cfg = "the caller's" if scale is None else f"{scale:g}"
         title = f"sigma {entry.sigma:g}: guidance scale {cfg}, skip scale {entry.scale:g}, rescale {entry.rescale:g}"
         options = {**options, "uncond": scale is None or scale > 1, "title": title}
-        plans.append(Plan.build(config.of_entry(entry), num_blocks, **options))
+        plans.append(Plan.build(config.of_entry(entry), num_layers, **options))
     return Plans(plans)
 
 
-def check_layers(skip: Skip, num_blocks: int) -> None:
-    """Raise `ValueError` if `skip` names a block outside 0 .. num_blocks - 1."""
-    if skip.layers[-1] >= num_blocks:
+def check_layers(skip: Skip, num_layers: int, axes: tuple[str | None, ...] = (None,)) -> None:
+    """Raise `ValueError` if `skip` names a layer outside 0 .. num_layers - 1, or an axis that the model does not have.
+
+    In a factorised model axis=None is allowed in the residual mode alone, where it means the whole layer.
+    """
+    if skip.layers[-1] >= num_layers:
         raise ValueError(
-            f"layers={skip.layers!r} is not allowed: the model has {num_blocks} blocks, 0 to {num_blocks - 1}"
+            f"layers={skip.layers!r} is not allowed: the model has {num_layers} blocks, 0 to {num_layers - 1}"
+        )
+    if len(axes) == 1 and skip.axis is not None:
+        raise ValueError(f"axis={skip.axis!r} is not allowed: the model has no factorised attention")
+    if len(axes) > 1 and skip.axis is None and skip.mode == "attention":
+        raise ValueError(
+            "axis=None is not allowed with mode='attention': the model's attention is factorised; choose one of "
+            f"{', '.join(map(repr, axes))}, or one branch each with extra_skips"
         )

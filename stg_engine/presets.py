@@ -14,7 +14,8 @@ class Preset:
 
     source          repository, version and file it was read from
     guidance_scale  the CFG scale published with it; the engine leaves CFG to the caller unless a schedule sets it
-    blocks          number of blocks of the transformer it was made for
+    transformer     class name of the transformer it was made for
+    blocks          number of its layers
     note            the steps it was published with
     """
 
@@ -22,10 +23,12 @@ class Preset:
     config: STGConfig
     source: str
     guidance_scale: float
+    transformer: str
     blocks: int
     note: str
 
 
+_LTX = "LTXVideoTransformer3DModel"
 _LIGHTRICKS = "Lightricks/LTX-Video 5260738 (2025-10-25)"
 
 
@@ -41,6 +44,7 @@ PRESETS = {
             STGConfig(layers=(19,), scale=1.0, mode="residual"),
             "junhahyung/STGuidance df04da0 (2025-04-07), LTXVideo/pipeline_stg_ltx.py",
             guidance_scale=3.0,
+            transformer=_LTX,
             blocks=28,
             note="50 steps",
         ),
@@ -49,6 +53,7 @@ PRESETS = {
             STGConfig(layers=(19,), scale=1.0, mode="attention", rescale=0.7, arithmetic="model"),
             f"{_LIGHTRICKS}, 2B configs",
             guidance_scale=3.0,
+            transformer=_LTX,
             blocks=28,
             note="40 steps",
         ),
@@ -73,6 +78,7 @@ PRESETS = {
             ),
             f"{_LIGHTRICKS}, configs/ltxv-13b-0.9.8-dev.yaml, first pass",
             guidance_scale=8.0,
+            transformer=_LTX,
             blocks=48,
             note="30-step linear-quadratic schedule, last 3 steps not run; the file's rescale 1 means off, here 0",
         ),
@@ -81,8 +87,18 @@ PRESETS = {
             STGConfig(layers=(27,), scale=1.0, mode="attention", arithmetic="model"),
             f"{_LIGHTRICKS}, configs/ltxv-13b-0.9.8-dev.yaml, second pass",
             guidance_scale=1.0,
+            transformer=_LTX,
             blocks=48,
             note="30-step schedule, first 17 steps not run",
+        ),
+        Preset(
+            "mochi",
+            STGConfig(layers=(34,), scale=1.0, mode="residual"),
+            "junhahyung/STGuidance df04da0 (2025-04-07), Mochi/pipeline_stg_mochi.py",
+            guidance_scale=4.5,
+            transformer="MochiTransformer3DModel",
+            blocks=48,
+            note="64 steps",
         ),
     )
 }

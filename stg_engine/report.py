@@ -72,7 +72,7 @@ def new_report(denoiser: Any, plan: Plan | Plans, device: torch.device) -> Repor
         plan=plan,
         execution=denoiser.execution if denoiser.max_rows in (None, 1) else f"at most {denoiser.max_rows} rows at once",
         kernels=denoiser.fusion.used,
-        attention=(attention_backend(denoiser.blocks[0].get_submodule(denoiser.spec.self_attention)),),
+        attention=(attention_backend(denoiser.blocks[0].get_submodule(denoiser.spec.self_attention[0])),),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         dtype=str(denoiser.transformer.dtype).removeprefix("torch."),
     )

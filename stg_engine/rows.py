@@ -1,13 +1,14 @@
 """Narrow and widen rows at block borders: the block hook, and the state of one guided forward.
 
-The transformer runs with rows for all branches, [K * B, ...] in the plan's order. In front of block b the hook keeps
-the rows that `plan.rows[b]` names, copies a branch's rows from its parent where it forks, and sets aside the rows of a
-branch that a residual skip passes through; behind the last block all rows are back.
+The transformer runs with rows for all branches, [K * B * n, ...] in the plan's order, the n entries of a row adjacent.
+In front of block b the hook keeps the rows that `plan.rows[b]` names, copies a branch's rows from its parent where it
+forks, and sets aside the rows of a branch that a residual skip passes through; behind the last block all rows are back.
+Where the forward counts rows between blocks, all are back behind every block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stg_engine.hooks import ArgumentHook, Forward
+from stg_engine.layout import Rows, chunk_ranges, each_row, join, narrow, select
 from stg_engine.memo import Memo
 from stg_engine.plan import Plan
 
@@ -39,6 +41,7 @@ class Run:
     max_rows   rows that a module gets at once; None: all of them
     memo       keeps rows selected from what depends on the prompt alone
     fused      per block: its forward built from `stg_kernels`, or None for the module's own
+    prompt     the tensors that the prompt's rows follow from
     lengths    tokens of each row's prompt, int32 [K * B], or None where the mask has to say it
     full       per row, whether its prompt has no padding; empty where the mask has to say it
     """
@@ -51,17 +54,20 @@ class Run:
         max_rows: int | None,
         memo: Memo,
         fused: Sequence[Forward | None],
+        prompt: tuple[Tensor, ...] = (),
         lengths: Tensor | None = None,
         full: Sequence[bool] = (),
     ) -> None:
         self.plan, self.spec, self.videos, self.max_rows, self.memo = plan, spec, videos, max_rows, memo
-        self.fused, self.lengths, self.full = fused, lengths, full
+        self.fused, self.prompt, self.lengths, self.full = fused, prompt, lengths, full
         self.names = tuple(branch.name for branch in plan.branches)
+        self._isolated = {branch.name for branch in plan.branches if branch.is_isolated}
         self._live = self.names
-        self._states: dict[str, tuple[tuple[Tensor, ...], int]] = {}
+        self._next = 0
+        self._states: dict[str, tuple[tuple[Tensor, ...], int, int]] = {}
         self._once: dict[Any, tuple[Any, Any]] = {}
         self._current: list[Row] = []
-        self._attended: dict[Row, Tensor] = {}
+        self._attended: dict[tuple[int, Row], Rows] = {}
 
     def block(self, index: int, module: nn.Module, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run block `index` on the rows that the plan gives it; returns what the module returns, with those rows."""
@@ -73,6 +79,8 @@ class Run:
         inputs = self._streams(names)
         self._states = {name: self._source(name) for name in self.plan.passing(index)}
         arguments = dict(arguments)
+        for name in self.spec.prompt_rows:
+            arguments[name] = self._of_prompt(name, arguments.get(name))
         per_video = self.spec.shared_rows if fused is not None else ()
         carriers = tuple(name for name in self.spec.block_rows if name not in per_video)
         for name in per_video:
@@ -81,15 +89,18 @@ class Run:
             arguments["key_lengths"] = self._lengths(inputs[0].device)
             carriers += ("key_lengths",)
         for name in carriers:
-            arguments[name] = self._take(arguments.get(name), names)
+            if name in arguments:
+                arguments[name] = self._take(arguments[name], names)
         arguments.update(zip(self.spec.streams, inputs, strict=True))
         rows = [(name, video) for name in names for video in range(self.videos)]
         outputs = self._in_chunks(forward, arguments, rows, (*self.spec.streams, *carriers))
         self._attended.clear()
-        self._live = names
-        if index == self.plan.num_blocks - 1:
-            self._receive(index + 1, outputs)
+        self._current = []
+        self._live, self._next = names, index + 1
+        if self.spec.between_blocks is not None or self._next == self.plan.num_blocks:
+            self._receive(self._next, outputs)
             outputs = self._streams(self.names)
+            self._live = self.names
             self._states.clear()
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -98,6 +109,12 @@ class Run:
         """False if no row in hand has padding in its prompt; a row's own answer if it is alone, whatever the batch."""
         rows = (self.names.index(name) * self.videos + video for name, video in self._current)
         return not self.full or not all(self.full[row] for row in rows)
+
+    def distinct(self) -> tuple[tuple[str, ...], list[int]]:
+        """In front of the next block: the branches that equal no other, and each branch's place among them."""
+        parents = [self.plan.parent_of_rows(name, self._next) for name in self.names]
+        names = tuple(name for name in self.names if name in parents)
+        return names, [names.index(parent) for parent in parents]
 
     def _lengths(self, device: torch.device) -> Tensor | None:
         """On the device of the rows, which offloading may have moved."""
@@ -109,7 +126,14 @@ class Run:
         return None if self.videos == 1 else _index(tuple(video for _, video in self._current), device)
 
     def _one_per_video(self, value: Any) -> Any:
-        return self.once("videos", value, lambda: narrow(value, 0, self.videos))
+        return self.once("videos", value, lambda: narrow(value, 0, self.videos, self._total))
+
+    def _of_prompt(self, name: str, value: Any) -> Any:
+        """The value in the first step with this prompt: one object, so that what follows from it is found again."""
+        if value is None:
+            return None
+        key = ("of prompt", name, self.names, *value.shape)
+        return self.once(("of prompt", name), value, lambda: self.memo.get(key, self.prompt, lambda: value))
 
     def once(self, name: Any, source: Any, compute: Callable[[], Any]) -> Any:
         """`compute()`, which follows from `source`, once per guided forward."""
@@ -117,6 +141,15 @@ class Run:
         if key not in self._once:
             self._once[key] = (source, compute())
         return self._once[key][1]
+
+    @property
+    def _total(self) -> int:
+        return len(self.names) * self.videos
+
+    @property
+    def rows_in_hand(self) -> int:
+        """Rows of the block that runs, of all branches outside the blocks."""
+        return len(self._current) or self._total
 
     def _in_chunks(
         self, forward: Forward, arguments: dict[str, Any], rows: list[Row], carriers: Sequence[str]
@@ -127,11 +160,11 @@ class Run:
             if len(self._current) == len(rows):
                 part = arguments
             else:
-                rows_at_once = range(start, stop)
-                part = {k: self._select(v, rows_at_once) if k in carriers else v for k, v in arguments.items()}
+                chunk = range(start, stop)
+                part = {k: self._select(v, chunk, len(rows)) if k in carriers else v for k, v in arguments.items()}
             output = forward(**part)
             chunks.append(output if isinstance(output, tuple) else (output,))
-        return chunks[0] if len(chunks) == 1 else tuple(map(torch.cat, zip(*chunks, strict=True)))
+        return join(chunks)
 
     def self_attention(
         self,
@@ -141,10 +174,10 @@ class Run:
         arguments: dict[str, Any],
         carriers: Sequence[str] | None = None,
         values_again: Callable[[Sequence[int]], Tensor] | None = None,
-    ) -> Tensor:
-        """Self-attention of the current rows: once for rows with equal input, V alone for rows that skip it.
+    ) -> Any:
+        """Self-attention of the current rows: once for rows with equal input, `attention_skip` for rows that skip it.
 
-        carriers      the arguments with one entry per row, the input first; None: the module's, as the spec says
+        carriers      the arguments with rows; None: the module's, as the spec says
         values_again  what rows that skip get, from V of these rows of the last call of `forward`: at its fork a branch
                       has the input, so the V, of the branch that it forks from
         """
@@ -155,28 +188,47 @@ class Run:
         owners = [(twins.get(name, name), video) for name, video in self._current]
         skipped = [i for i, (name, _) in enumerate(self._current) if name in skipping]
         first = {owner: i for i, owner in reversed(list(enumerate(owners))) if i not in skipped}
-        missing = sorted(i for owner, i in first.items() if owner not in self._attended)
+        attended = {row: result for (at, row), result in self._attended.items() if at == id(module)}
+        missing = sorted(i for owner, i in first.items() if owner not in attended)
         if not skipped and len(missing) == len(owners) and self.max_rows is None:
             return forward(**arguments)
         carriers = self.spec.attention_rows if carriers is None else carriers
-        results: dict[Row, Tensor] = {}
+
+        def of_rows(rows: Sequence[int]) -> dict[str, Any]:
+            return {k: select(v, rows, len(owners)) if k in carriers else v for k, v in arguments.items()}
+
+        results: dict[Row, Rows] = {}
         if missing:
-            part = {k: select(v, missing) if k in carriers else v for k, v in arguments.items()}
-            for i, result in zip(missing, forward(**part).split(1), strict=True):
-                self._attended[owners[i]] = result
+            for i, result in zip(missing, each_row(forward(**of_rows(missing)), len(missing)), strict=True):
+                attended[owners[i]] = self._attended[id(module), owners[i]] = result
         if skipped:
             parents = self._forked_from(index, skipped, [owners[i] for i in missing], twins)
             if values_again is not None and parents is not None:
                 values = values_again(parents)
             else:
-                values = self.spec.value_passthrough(module, select(arguments[carriers[0]], skipped))
-            results = {self._current[i]: value for i, value in zip(skipped, values.split(1), strict=True)}
-        return torch.cat(
+                values = self.spec.attention_skip(module, of_rows(skipped))
+            each = each_row(values, len(skipped))
+            results = {self._current[i]: value for i, value in zip(skipped, each, strict=True)}
+        return join(
             [
-                results[row] if row in results else self._attended[owner]
+                results[row] if row in results else attended[owner]
                 for row, owner in zip(self._current, owners, strict=True)
             ]
         )
+
+    def link(self, forward: Forward, arguments: dict[str, Any]) -> Tensor:
+        """Attention between modalities: zeros for rows whose modalities are isolated."""
+        cut = [name in self._isolated for name, _ in self._current]
+        if not any(cut):
+            return forward(**arguments)
+        x = arguments[self.spec.attention_rows[0]]
+        kept = [i for i, is_cut in enumerate(cut) if not is_cut]
+        if not kept:
+            return torch.zeros_like(x)
+        part = {k: select(v, kept, len(cut)) if k in self.spec.attention_rows else v for k, v in arguments.items()}
+        results = iter(each_row(forward(**part), len(kept)))
+        nothing = torch.zeros_like(x[: len(x) // len(cut)])
+        return torch.cat([nothing if is_cut else next(results) for is_cut in cut])
 
     def _forked_from(
         self, index: int, skipped: Sequence[int], computed: Sequence[Row], twins: Mapping[str, str]
@@ -198,67 +250,33 @@ class Run:
     def _receive(self, index: int, streams: tuple[Tensor, ...]) -> None:
         for position, name in enumerate(self._live):
             fork = self.plan.forks.get(name)
-            if index > 0 or fork is None or fork.block == 0:
-                self._states[name] = (streams, position * self.videos)
+            if fork is None or fork.block <= index:
+                self._states[name] = (streams, position * self.videos, len(self._live) * self.videos)
 
-    def _source(self, name: str) -> tuple[tuple[Tensor, ...], int]:
+    def _source(self, name: str) -> tuple[tuple[Tensor, ...], int, int]:
         return self._states[name] if name in self._states else self._source(self.plan.forks[name].parent)
 
     def _streams(self, names: Sequence[str]) -> tuple[Tensor, ...]:
-        pieces: list[tuple[tuple[Tensor, ...], int, int]] = []
+        pieces: list[tuple[tuple[Tensor, ...], int, int, int]] = []
         for name in names:
-            streams, start = self._source(name)
+            streams, start, total = self._source(name)
             if pieces and pieces[-1][0] is streams and pieces[-1][2] == start:
-                pieces[-1] = (streams, pieces[-1][1], start + self.videos)
+                pieces[-1] = (streams, pieces[-1][1], start + self.videos, total)
             else:
-                pieces.append((streams, start, start + self.videos))
-        parts = [tuple(narrow(stream, start, stop) for stream in streams) for streams, start, stop in pieces]
-        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+                pieces.append((streams, start, start + self.videos, total))
+        return join([narrow(streams, start, stop, total) for streams, start, stop, total in pieces])
 
     def _take(self, value: Any, names: tuple[str, ...]) -> Any:
         if value is None or names == self.names:
             return value
         rows = [self.names.index(name) * self.videos + video for name in names for video in range(self.videos)]
-        return self.once(names, value, lambda: self._select(value, rows))
+        return self.once(names, value, lambda: self._select(value, rows, self._total))
 
-    def _select(self, value: Any, rows: Sequence[int]) -> Any:
+    def _select(self, value: Any, rows: Sequence[int], total: int) -> Any:
         """`select`; of a prompt's tensor the same result in every step, so that what follows from it is found again."""
         if isinstance(value, Tensor) and self.memo.owns(value):
-            return self.memo.get(("rows", *rows), (value,), lambda: select(value, rows))
-        return select(value, rows)
-
-
-ALIGNMENT = 64
-"""Bytes; PyTorch's allocators give at least this."""
-
-
-def narrow(value: Any, start: int, stop: int) -> Any:
-    """Rows start..stop of a tensor or of each tensor in a tuple; None stays None.
-
-    A view, or a copy where the view is not aligned as a tensor of its own is: kernels sum in another order there, and a
-    row must not depend on its place in the batch.
-    """
-    if value is None:
-        return None
-    if isinstance(value, tuple):
-        return tuple(narrow(item, start, stop) for item in value)
-    rows = value[start:stop]
-    return rows.clone() if (rows.storage_offset() - value.storage_offset()) * rows.element_size() % ALIGNMENT else rows
-
-
-def select(value: Any, rows: Sequence[int]) -> Any:
-    """The rows of a tensor (or of each tensor in a tuple): a view if they are adjacent, else a copy."""
-    if isinstance(value, tuple):
-        return tuple(select(item, rows) for item in value)
-    if value is None or list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return narrow(value, rows[0], rows[0] + len(rows))
-    return torch.cat([value[row : row + 1] for row in rows])
-
-
-def chunk_ranges(count: int, size: int | None) -> Iterator[tuple[int, int]]:
-    """Borders of chunks of at most `size` rows; None is one chunk."""
-    size = count if size is None else size
-    return ((start, min(start + size, count)) for start in range(0, count, size))
+            return self.memo.get(("rows", *rows), (value,), lambda: select(value, rows, total))
+        return select(value, rows, total)
 
 
 class BlockHook(ArgumentHook):
@@ -287,6 +305,20 @@ class SelfAttentionHook(ArgumentHook):
         if run is None:
             return forward(*args, **kwargs)
         return run.self_attention(self.index, module, forward, self.bind(module, args, kwargs))
+
+
+class LinkHook(ArgumentHook):
+    """Runs attention between modalities on the rows that are not isolated, see `Run.link`."""
+
+    def __init__(self, slot: Slot) -> None:
+        super().__init__()
+        self.slot = slot
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward, run = self.fn_ref.original_forward, self.slot.run
+        if run is None:
+            return forward(*args, **kwargs)
+        return run.link(forward, self.bind(module, args, kwargs))
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ from typing import Any
 
 from stg_engine import demo
 from stg_engine.config import StepGuidance, STGConfig
-from stg_engine.models import ModelSpec, spec_of, supported
+from stg_engine.models import ModelSpec, spec_of
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS, Preset
 
@@ -31,7 +31,7 @@ class Model:
     name: str
     source: str | None
     spec: ModelSpec
-    num_blocks: int
+    num_layers: int
     is_shipped: bool = False
 
 
@@ -61,12 +61,11 @@ class Setting:
 
     def plan(self, model: Model) -> Plan | Plans:
         """Rows per block; one plan per entry of a schedule. ValueError for a layer that the model does not have."""
-        options: dict[str, Any] = {"prompt_block": model.spec.prompt_block}
-        options["shares_attention"] = model.spec.shares_attention and self.config is not None
+        options = model.spec.plan_options(is_on=self.config is not None)
         if self.config is not None and self.config.schedule is not None:
-            return build_plans(self.config, model.num_blocks, guidance_scale=self.guidance_scale, **options)
+            return build_plans(self.config, model.num_layers, guidance_scale=self.guidance_scale, **options)
         guidance = StepGuidance() if self.config is None else self.config
-        return Plan.build(guidance, model.num_blocks, uncond=self.guidance_scale > 1, **options)
+        return Plan.build(guidance, model.num_layers, uncond=self.guidance_scale > 1, **options)
 
 
 def find_model(name: str | None) -> Model:
@@ -88,8 +87,7 @@ def find_model(name: str | None) -> Model:
                 return _from_config(path, name, name, is_shipped=folder.resolve() == demo.model_path().resolve())
         raise ValueError(f"model={name!r}: the folder holds neither {_CONFIG} nor config.json")
     if name in PRESETS:
-        spec = next(spec for spec in supported() if PRESETS[name].blocks in spec.presets)
-        return Model(name, None, spec, PRESETS[name].blocks)
+        return Model(name, None, spec_of(PRESETS[name].transformer), PRESETS[name].blocks)
     if _HUB_ID.fullmatch(name):
         return _from_config(_fetch_config(name), name, name)
     raise ValueError(f"model={name!r} is neither a folder, nor a hub id (owner/name), nor one of {', '.join(PRESETS)}")
@@ -116,7 +114,7 @@ def choose_setting(model: Model, options: Options) -> Setting:
     """
     name = options.preset
     if name is None and options.stg_layers is None and options.stg_scale != 0 and not model.is_shipped:
-        name = model.spec.presets.get(model.num_blocks)
+        name = model.spec.presets.get(model.num_layers)
     published = None if name is None else _preset(name, model)
     base = None if published is None else published.config
     if published is None and options.stg_layers is None and model.is_shipped:
@@ -131,12 +129,12 @@ def choose_setting(model: Model, options: Options) -> Setting:
         if options.stg_scale != 0:
             raise ValueError(
                 f"stg_layers: {model.name} has no published setting; name the blocks to skip, "
-                f"0 to {model.num_blocks - 1}, or pass --stg-scale 0"
+                f"0 to {model.num_layers - 1}, or pass --stg-scale 0"
             )
         base, changes["layers"] = None, (0,)  # checks mode and rescale, and is off
     config = STGConfig(**changes) if base is None else replace(base, **changes)
     for skip in config.skips if base is not None or options.stg_layers is not None else ():
-        check_layers(skip, model.num_blocks)
+        check_layers(skip, model.num_layers, model.spec.axes)
     is_off = all(skip.scale == 0 for skip in config.skips)
     return Setting(None if is_off else config, g, name)
 
@@ -144,9 +142,11 @@ def choose_setting(model: Model, options: Options) -> Setting:
 def _preset(name: str, model: Model) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"preset={name!r} is not known; choose one of {', '.join(PRESETS)}")
-    if PRESETS[name].blocks != model.num_blocks:
+    published = PRESETS[name]
+    if (published.transformer, published.blocks) != (model.spec.transformer, model.num_layers):
         raise ValueError(
-            f"preset={name!r} was published for {PRESETS[name].blocks} blocks, {model.name} has {model.num_blocks}; "
+            f"preset={name!r} was published for {published.blocks} blocks of {spec_of(published.transformer).family}, "
+            f"{model.name} has {model.num_layers} of {model.spec.family}; "
             f"name the blocks to skip with --stg-layers, or the model with --model (--model {name})"
         )
     return PRESETS[name]
@@ -178,7 +178,7 @@ def _from_config(path: Path, name: str, source: str, is_shipped: bool = False) -
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         spec = spec_of(config["_class_name"])
-        return Model(name, source, spec, spec.num_blocks(config), is_shipped)
+        return Model(name, source, spec, spec.num_layers(config), is_shipped)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model={name!r}: cannot read {path}: {type(error).__name__}: {error}") from error
 

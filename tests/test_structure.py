@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A file or folder of stg_engine imports only from lines above its own; names on one line do not see each other.
 LAYERS = [
-    {"config", "media"},
+    {"config", "media", "layout"},
     {"presets", "plan", "guidance", "memo"},
     {"hooks"},
     {"rows"},

@@ -26,7 +26,8 @@ from stg_kernels import branch_attention, norm_modulate, qk_norm_rope, residual_
 from torch import Tensor, nn
 
 from stg_engine.hooks import is_plain, runs_own_forward
-from stg_engine.rows import Run, select
+from stg_engine.layout import select
+from stg_engine.rows import Run
 
 
 def supports(transformer: Any, block: Any, dtype: torch.dtype) -> bool:
@@ -118,7 +119,7 @@ def forward(
         self_attention,
         arguments,
         carriers=tuple(arguments),
-        values_again=lambda rows: _project_out(block.attn1, select(values[0], rows)),
+        values_again=lambda rows: _project_out(block.attn1, select(values[0], rows, len(values[0]))),
     )
     x = residual_gate(x, attended, gate_attn, row_map=row_map)
     norm = block.norm2

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
+
+AttentionSkip = Callable[["nn.Module", Mapping[str, Any]], Any]
+"""(self-attention module, its arguments by name for the rows that skip) -> what the module returns"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A transformer family. "Rows" are entries of dim 0; all names are argument names or module paths.
+    """A transformer (or UNet) family.
+
+    "Rows": every branch owns one per video, and a tensor "with rows" has dim 0 = rows x n, the n entries of a row
+    adjacent: n = 1, or frames, or patches. All names are argument names or module paths; in a path `*` stands for every
+    child, in order, and a path that a model does not have (or that is None there) is left out.
 
     family             name shown to users
     transformer        class name of the transformer; subclasses match too
-    blocks             paths of the block lists, in the order in which the forward runs them
-    latents            transformer arguments with one entry per video that all branches share
-    prompt             transformer arguments with one entry per video that differ between cond and uncond
+    blocks             paths of the blocks in the order in which the forward runs them; their places are the layers
+    temporal_blocks    in factorised models: the temporal blocks, one behind each of `blocks`, which are spatial then
+    count_layers       a transformer's config.json -> the number of `blocks`
+    latents            transformer arguments with rows; equal in all branches but for those also in `prompt`. The first
+                       one tells the number of videos
+    prompt             transformer arguments with rows that differ between cond and uncond
     prompt_mask        that of `prompt` which is 1 for tokens and 0 for padding [B, T], or None
     streams            block arguments that the block returns, in the order in which it returns them
-    block_rows         further block arguments with one entry per row (a tensor or a tuple of tensors)
+    block_rows         further block arguments with rows (a tensor or a tuple of tensors)
     shared_rows        those of block_rows that are equal in all branches
-    self_attention     path of the self-attention inside a block
-    attention_rows     its arguments with one entry per row; the first one is the input
-    value_passthrough  (self-attention module, input [R, S, C]) -> [R, S, C]: attention skip, the result is V
-    prompt_block       the first block that reads the prompt
+    prompt_rows        those of block_rows that follow from prompt and weights alone
+    between_blocks     None: the forward hands a block's result to the next block and to nothing else that counts rows;
+                       else the costly modules that it runs between blocks: path -> their row arguments (may be empty)
+    self_attention     paths of the self-attentions inside a block
+    attention_rows     their arguments with rows
+    attention_skip     what skipping rows get for self-attention: P1 or P5 of the published code
+    links              paths inside a block of attention between modalities, which the modality branch cuts
+    prompt_block       the first block that reads the prompt; -1: it enters before the blocks
     shares_attention   that block reads the prompt only after its self-attention
-    once_per_step      modules whose row arguments are equal in all branches: path -> their positions in the call
-    time_embedding     module that maps flat timesteps [R * n] to modulations ([R * n, ...], ...), or None
+    once_per_step      modules whose row arguments are equal in all branches: path -> those, by position or name
+    time_embedding     modules that map flat timesteps [rows * n] to modulations ([rows * n, ...], ...)
     once_per_prompt    modules of one argument that depend on prompt and weights alone, not on the timestep
     once_per_prompt_in_block   the same, paths inside each block
-    per_row            further modules of one row argument, run `max_rows` rows at a time
+    per_row            further modules with rows: path -> their row arguments; they get `max_rows` rows at a time
     fused              module of `stg_engine.fused` with the block's forward from `stg_kernels`, or None
-    presets            number of blocks -> name of the published preset
+    presets            number of layers -> name of the published preset
     """
 
     family: str
@@ -44,28 +58,63 @@ class ModelSpec:
     prompt: tuple[str, ...]
     streams: tuple[str, ...]
     block_rows: tuple[str, ...]
-    self_attention: str
+    self_attention: tuple[str, ...]
     attention_rows: tuple[str, ...]
-    value_passthrough: Callable[[nn.Module, Tensor], Tensor]
+    attention_skip: AttentionSkip
+    temporal_blocks: tuple[str, ...] = ()
+    count_layers: Callable[[Mapping[str, Any]], int] = lambda config: config["num_layers"]
+    prompt_mask: str | None = None
+    shared_rows: tuple[str, ...] = ()
+    prompt_rows: tuple[str, ...] = ()
+    between_blocks: Mapping[str, tuple[int | str, ...]] | None = None
+    links: tuple[str, ...] = ()
     prompt_block: int = 0
     shares_attention: bool = False
-    prompt_mask: str | None = None
-    once_per_step: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    time_embedding: str | None = None
+    once_per_step: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    time_embedding: tuple[str, ...] = ()
     once_per_prompt: tuple[str, ...] = ()
     once_per_prompt_in_block: tuple[str, ...] = ()
-    per_row: tuple[str, ...] = ()
-    shared_rows: tuple[str, ...] = ()
+    per_row: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     fused: str | None = None
-    presets: dict[int, str] = field(default_factory=dict)
+    presets: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """What an STG `axis` may be: (None,), or ("spatial", "temporal") in factorised models."""
+        return ("spatial", "temporal") if self.temporal_blocks else (None,)
 
     def block_list(self, transformer: nn.Module) -> list[nn.Module]:
-        """The transformer's blocks in execution order; their positions are the layer numbers."""
-        return [block for path in self.blocks for block in transformer.get_submodule(path)]
+        """The transformer's blocks in execution order: layer by layer, in factorised models spatial before temporal."""
+        lists = [modules_at(transformer, paths) for paths in (self.blocks, self.temporal_blocks) if paths]
+        return [block for layer in zip(*lists, strict=True) for block in layer]
 
-    def num_blocks(self, config: dict) -> int:
-        """Number of blocks according to a transformer's `config.json`."""
-        return int(config["num_layers"])
+    def num_layers(self, config: Mapping[str, Any]) -> int:
+        """Number of layers according to a transformer's `config.json`."""
+        return int(self.count_layers(config))
+
+    def plan_options(self, *, is_on: bool = True) -> dict[str, Any]:
+        """Keyword arguments of `Plan.build`; without a skip branch (`is_on=False`) it is plain diffusers that runs."""
+        return {
+            "axes": self.axes,
+            "prompt_block": self.prompt_block,
+            "shares_attention": self.shares_attention and is_on,
+        }
+
+
+def modules_at(root: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
+    """The modules at `paths` below `root`, path by path; `*` is every child, in order. Missing ones are left out."""
+    found = []
+    for path in paths:
+        level: list[Any] = [root]
+        for name in path.split("."):
+            level = [
+                child
+                for module in level
+                for child in (module.children() if name == "*" else [getattr(module, name, None)])
+                if child is not None
+            ]
+        found += level
+    return found
 
 
 _SPECS: dict[str, ModelSpec] = {}

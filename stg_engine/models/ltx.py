@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from stg_engine.models.base import ModelSpec, register
 
@@ -10,32 +11,32 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def value_passthrough(attention: nn.Module, hidden_states: Tensor) -> Tensor:
+def value_passthrough(attention: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
     """Self-attention whose map is the identity: `to_out(to_v(x))`, [R, S, C] -> [R, S, C] (arXiv 2411.18664 Eq. 17)."""
     projection, dropout = attention.to_out
-    return dropout(projection(attention.to_v(hidden_states)))
+    return dropout(projection(attention.to_v(arguments["hidden_states"])))
 
 
 LTX_VIDEO = register(
     ModelSpec(
         family="LTX-Video",
         transformer="LTXVideoTransformer3DModel",
-        blocks=("transformer_blocks",),
+        blocks=("transformer_blocks.*",),
         latents=("hidden_states", "timestep", "video_coords"),
         prompt=("encoder_hidden_states", "encoder_attention_mask"),
         prompt_mask="encoder_attention_mask",
         streams=("hidden_states",),
         block_rows=("encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"),
         shared_rows=("temb", "image_rotary_emb"),
-        self_attention="attn1",
+        self_attention=("attn1",),
         attention_rows=("hidden_states", "image_rotary_emb"),
-        value_passthrough=value_passthrough,
+        attention_skip=value_passthrough,
         shares_attention=True,
         once_per_step={"proj_in": (0,), "rope": (0, 5)},
-        time_embedding="time_embed",
+        time_embedding=("time_embed",),
         once_per_prompt=("caption_projection",),
         once_per_prompt_in_block=("attn2.to_k", "attn2.norm_k", "attn2.to_v"),
-        per_row=("proj_out",),
+        per_row={"proj_out": (0,)},
         fused="ltx",
         presets={28: "ltx-video-2b", 48: "ltx-video-13b"},
     )

@@ -115,7 +115,7 @@ def test_a_full_prompt_beside_a_padded_one_has_the_bits_of_its_pass_run_alone(at
 
 
 def test_lengths_follow_the_rows_to_their_device():
-    run = Run(Plan.build(CONFIG, 4, uncond=False), None, 1, None, None, (), torch.tensor([3]), (False,))
+    run = Run(Plan.build(CONFIG, 4, uncond=False), None, 1, None, None, (), (), torch.tensor([3]), (False,))
     assert run._lengths(torch.device("meta")).device.type == "meta"
     assert run._lengths(torch.device("cpu")) is run.lengths
 

@@ -18,7 +18,7 @@ def simulated_block_rows(plan):
         computed = set()
         for branch in plan.branches:
             mode = branch.skips.get(block)
-            if mode is not None and mode[0] == "residual":
+            if mode == "residual":
                 continue
             prompt = branch.prompt if block >= plan.prompt_block else None
             states[branch.name] = (states[branch.name], block, mode, prompt)
@@ -31,14 +31,15 @@ def simulated_block_rows(plan):
 def plans(draw):
     num_blocks = draw(st.integers(1, 12))
     layers = st.sets(st.integers(0, num_blocks - 1), min_size=1).map(lambda s: tuple(sorted(s)))
-    skips = draw(
-        st.lists(st.builds(Skip, layers, mode=st.sampled_from(["residual", "attention"])), max_size=4, unique=True)
-    )
+    axes = draw(st.sampled_from([(None,), ("spatial", "temporal")]))
+    skip = st.builds(Skip, layers, mode=st.sampled_from(["residual", "attention"]), axis=st.sampled_from(axes))
+    skips = draw(st.lists(skip, max_size=4, unique=True))
     return Plan.build(
         StepGuidance(tuple(skips)),
         num_blocks,
+        axes=axes,
         uncond=draw(st.booleans()),
-        prompt_block=draw(st.integers(0, num_blocks - 1)),
+        prompt_block=draw(st.integers(-1, num_blocks - 1)),
         shares_attention=draw(st.booleans()),
     )
 
@@ -61,7 +62,7 @@ def test_a_branch_forks_exactly_once(plan):
         fork = plan.forks.get(branch.name)
         first = 0 if fork is None else fork.block
         for block in range(plan.num_blocks):
-            passed_through = branch.skips.get(block, ("",))[0] == "residual"
+            passed_through = branch.skips.get(block) == "residual"
             assert (branch.name in plan.rows[block]) == (block >= first and not passed_through)
 
 
@@ -70,13 +71,11 @@ def test_every_branch_is_drawn_with_a_mark_per_range(plan):
     lines = str(plan).splitlines()
     ranges = lines[0].split()[1:]
     assert [line.split()[0] for line in lines[1 : len(plan.branches) + 1]] == [branch.name for branch in plan.branches]
-    covered = [int(n) for r in ranges for n in range(int(r.split("-")[0]), int(r.split("-")[-1]) + 1)]
-    assert covered == list(range(plan.num_blocks))
+    labels = [f"{layer}{(axis or '')[:1]}" for layer in range(plan.num_blocks // len(plan.axes)) for axis in plan.axes]
+    blocks = [range(labels.index(r.split("-")[0]), labels.index(r.split("-")[-1]) + 1) for r in ranges]
+    assert [block for covered in blocks for block in covered] == list(range(plan.num_blocks))
     counts = lines[len(plan.branches) + 1].split()[1:]
-    assert (
-        sum(int(n) * (int(r.split("-")[-1]) - int(r.split("-")[0]) + 1) for n, r in zip(counts, ranges, strict=True))
-        == plan.block_rows
-    )
+    assert sum(int(n) * len(covered) for n, covered in zip(counts, blocks, strict=True)) == plan.block_rows
 
 
 def test_ltx_video_2b():
@@ -125,7 +124,7 @@ def test_ltx_video_13b_first_pass():
 
 
 def test_weak_pass_on_the_negative_prompt_shares_with_uncond():
-    weak = Branch("skip", prompt="uncond", skips={8: ("residual", None)})
+    weak = Branch("skip", prompt="uncond", skips={8: "residual"})
     plan = Plan((Branch("uncond", prompt="uncond"), Branch("cond"), weak), 30)
     assert plan.forks["skip"].parent == "uncond"
     assert plan.block_rows == 81 == simulated_block_rows(plan)
