@@ -133,11 +133,13 @@ class Denoiser:
             self._plans[key] = Plan.build(step, self.num_layers, uncond=uncond, **self._plan_options())
         return self._plans[key]
 
-    def plans(self, guidance_scale: float | None = None) -> Plan | Plans:
-        """The config's plan while its skips are on, without uncond if `guidance_scale` <= 1; a schedule's plans."""
+    def plans(self, guidance_scale: float | None = None, *, uncond: bool = True) -> Plan | Plans:
+        """The config's plan while its skips are on, without `uncond` or with `guidance_scale` <= 1 without that branch;
+        a schedule's plans."""
         if self.config.schedule is not None:
-            return build_plans(self.config, self.num_layers, guidance_scale=guidance_scale, **self._plan_options())
-        uncond = guidance_scale is None or guidance_scale > 1
+            scale = guidance_scale if uncond else 1.0
+            return build_plans(self.config, self.num_layers, guidance_scale=scale, **self._plan_options())
+        uncond = uncond and (guidance_scale is None or guidance_scale > 1)
         return Plan.build(self.config, self.num_layers, uncond=uncond, **self._plan_options())
 
     def release(self) -> None:

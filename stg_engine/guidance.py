@@ -46,6 +46,14 @@ def combine(
     return guided.to(wide)
 
 
+def skip_term(cond: Tensor, skips: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """`sum_i s_i (c - p_i)` (Eq. 13), in the predictions' shape and dtype."""
+    term = torch.zeros_like(cond)
+    for skip, scale in skips:
+        term = term + scale * (cond - skip)
+    return term
+
+
 def rescale_factor(cond: Tensor, guided: Tensor, rescale: float, *, over: str = "sample") -> Tensor:
     """`r std(c) / std(guided) + 1 - r` (Alg. 4), unbiased std over all but dim 0, or over everything if over="batch".
 

@@ -10,21 +10,19 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from stg_engine.calls import PIPELINES, Calls, Step
 from stg_engine.config import StepGuidance, STGConfig
 from stg_engine.denoiser import Denoiser
 from stg_engine.hooks import ArgumentHook, below_accelerate, hook_of, install, is_installed, remove
-from stg_engine.inputs import split_rows
 from stg_engine.plan import Plan, Plans
 from stg_engine.report import Report, new_report
 
-PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
 HOOK_NAME = "stg_engine_pipeline"
 
 
@@ -46,31 +44,45 @@ def attach(
     that is not supported, `ValueError` for a wrong setting, `RuntimeError` for a compiled transformer.
     """
     names = [base.__name__ for base in type(pipe).__mro__]
-    if not any(name in PIPELINES for name in names):
+    known = [name for name in names if name in PIPELINES]
+    if not known:
         raise TypeError(f"pipe is a {names[0]}; supported pipelines: {', '.join(PIPELINES)}")
-    return Engine(pipe, Denoiser(pipe.transformer, config, execution=execution, max_rows=max_rows, kernels=kernels))
+    calls = PIPELINES[known[0]]
+    models = [model for name in calls.models if (model := getattr(pipe, name, None)) is not None]
+    with ExitStack() as stack:
+        options: dict[str, Any] = {"execution": execution, "max_rows": max_rows, "kernels": kernels}
+        denoisers = [stack.enter_context(Denoiser(model, config, **options)) for model in models]
+        engine = Engine(pipe, calls, denoisers)
+        stack.pop_all()
+    return engine
 
 
 def detach(pipe: Any) -> None:
     """Switch STG off in a pipeline whose `Engine` is no longer at hand. Does nothing where it is not on."""
-    hook = hook_of(pipe.transformer, HOOK_NAME)
-    if isinstance(hook, _Takeover):
-        hook.engine.detach()
+    for model in pipe.components.values():
+        hook = hook_of(model, HOOK_NAME) if isinstance(model, nn.Module) else None
+        if isinstance(hook, _Takeover):
+            hook.engine.detach()
 
 
 class Engine:
     """A pipeline with STG on, until `detach()`.
 
-    pipe      the pipeline, unchanged but for hooks
-    denoiser  the `Denoiser` on its transformer
+    pipe       the pipeline, unchanged but for hooks
+    denoisers  a `Denoiser` on each of its transformers (Wan 2.2 has two)
+    denoiser   the first of them
     """
 
-    def __init__(self, pipe: Any, denoiser: Denoiser) -> None:
-        self.pipe, self.denoiser = pipe, denoiser
-        self._report = new_report(denoiser, denoiser.plans(), pipe._execution_device)
-        self._steps: Iterator[StepGuidance] | None = None
+    def __init__(self, pipe: Any, calls: type[Calls], denoisers: list[Denoiser]) -> None:
+        self.pipe, self.denoisers, self.denoiser = pipe, tuple(denoisers), denoisers[0]
+        self._kind = calls
+        self._calls: Calls | None = None
+        self._report = new_report(self.denoiser, self.denoiser.plans(), pipe._execution_device)
+        self._steps: Iterator[StepGuidance] = iter(())
+        self._guidance = StepGuidance()
         self._timestep: Any = None
-        self._installed_forward = install(denoiser.transformer, _Takeover(self), HOOK_NAME)
+        self._count = 0
+        self._forwards = [install(denoiser.transformer, _Takeover(self, denoiser), HOOK_NAME) for denoiser in denoisers]
         self._own_bar, self._progress_bar = vars(pipe).get("progress_bar"), pipe.progress_bar
         pipe.progress_bar = self._guarded_progress_bar
 
@@ -90,12 +102,14 @@ class Engine:
 
     def detach(self) -> None:
         """Switch STG off; pipeline and transformer are as they were. Safe to call twice."""
-        if is_installed(self.denoiser.transformer, HOOK_NAME):
-            remove(self.denoiser.transformer, HOOK_NAME)
+        for denoiser in self.denoisers:
+            if is_installed(denoiser.transformer, HOOK_NAME):
+                remove(denoiser.transformer, HOOK_NAME)
+            denoiser.detach()
+        if vars(self.pipe).get("progress_bar") == self._guarded_progress_bar:
             del self.pipe.progress_bar
             if self._own_bar is not None:
                 self.pipe.progress_bar = self._own_bar
-        self.denoiser.detach()
 
     def __enter__(self) -> Engine:
         if not is_installed(self.denoiser.transformer, HOOK_NAME):
@@ -105,9 +119,9 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def predict(self, forward: Any, arguments: dict[str, Any]) -> Any:
-        """The transformer's call in a step: rows [uncond, cond] or [cond] -> the guided prediction."""
-        if self._steps is None:
+    def predict(self, denoiser: Denoiser, forward: Any, arguments: dict[str, Any]) -> Any:
+        """A call of a transformer: inside a step, what its branches make of the rows that the pipeline asked for."""
+        if self._calls is None:
             if not any(skip.scale > 0 for skip in self.config.skips):
                 return forward(**arguments)
             raise RuntimeError(
@@ -115,89 +129,102 @@ class Engine:
                 "stg_engine is attached to; attach to the pipeline that runs, or use a Denoiser in a loop of your own"
             )
         timestep = getattr(self.pipe, "_current_timestep", None)  # the loop makes one object per step
-        step = next(self._steps, None) if timestep is None or timestep is not self._timestep else None
-        if step is None:
-            raise RuntimeError(
-                f"the transformer was called more often than once in a step of the {type(self.pipe).__name__} (by a "
-                "callback, or by the pipeline itself); call it outside, or use a Denoiser in a loop of your own"
-            )
-        self._timestep = timestep
-        self._report.steps += 1
-        guidance_scale = self.pipe.guidance_scale if step.guidance_scale is None else step.guidance_scale
-        if step.is_plain:
+        if timestep is None or timestep is not self._timestep:
+            self._begin_step(timestep)
+        if self._count == self._calls.most:
+            raise self._too_many_calls()
+        step = Step(self._guidance, self._count, denoiser, forward)
+        self._count += 1
+        if step.guidance.is_plain:
             return forward(**arguments)
-        self._report.guided_steps += bool(step.skips)
-        return self._guided(step, forward, arguments, guidance_scale)
+        if step.call == 0:
+            self._calls.check(step.guidance)  # again: a callback may have changed the call's own settings
+            self._report.guided_steps += bool(step.guidance.skips)
+        return self._calls.predict(step, arguments)
 
-    def _guided(self, step: StepGuidance, forward: Any, arguments: dict[str, Any], guidance_scale: float) -> Any:
-        self._check_step(step, guidance_scale)  # again: a callback may have changed the call's own settings
-        return_dict = arguments.pop("return_dict", True)
-        copies = 2 if self.pipe.do_classifier_free_guidance else 1
-        shared, cond, uncond = split_rows(self.denoiser.spec, arguments, copies)
-        names, (rows, *_) = self.denoiser.predict(step, shared, cond, uncond if guidance_scale > 1 else None, forward)
-        guided = self.denoiser.combine(step, names, rows, guidance_scale, self._pipeline_rescale())
-        guided = guided.repeat(copies, *[1] * (guided.ndim - 1))
-        return Transformer2DModelOutput(sample=guided) if return_dict else (guided,)
+    def _begin_step(self, timestep: Any) -> None:
+        try:
+            self._guidance = next(self._steps)
+        except StopIteration:
+            raise self._too_many_calls() from None
+        self._timestep, self._count = timestep, 0
+        self._report.steps += 1
 
-    def _pipeline_rescale(self) -> float:
-        """The call's guidance_rescale, which diffusers ignores without an uncond branch."""
-        return float(getattr(self.pipe, "guidance_rescale", 0.0)) if self.pipe.do_classifier_free_guidance else 0.0
+    def _too_many_calls(self) -> RuntimeError:
+        most = "once" if self._kind.most == 1 else f"{self._kind.most} times"
+        return RuntimeError(
+            f"the transformer was called more often than {most} in a step of the {type(self.pipe).__name__} (by a "
+            "callback, or by the pipeline itself); call it outside, or use a Denoiser in a loop of your own"
+        )
 
-    def _check_step(self, step: StepGuidance, guidance_scale: float) -> None:
-        if self._pipeline_rescale() > 0 and step.rescale > 0:
-            raise ValueError(
-                f"guidance_rescale={self._pipeline_rescale()} and rescale={step.rescale} are the same operation; "
-                "set one of them"
-            )
-        if guidance_scale > 1 and not self.pipe.do_classifier_free_guidance:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} in the schedule needs the negative prompt; "
-                "call the pipeline with guidance_scale above 1 so that it encodes one"
-            )
-
-    def _plan_steps(self) -> Iterator[StepGuidance]:
-        """The guidance of each step of the loop that begins. Raises what `_check_step` raises, before the first."""
+    def _plan_steps(self, calls: Calls) -> Iterator[StepGuidance]:
+        """The guidance of each step of the loop that begins. Raises what `Calls.check` raises, before the first."""
         count, sigmas = self.pipe.num_timesteps, None
         if self.config.schedule is not None:
+            sigmas = getattr(self.pipe.scheduler, "sigmas", None)
+            if sigmas is None:
+                raise ValueError(
+                    f"schedule is not allowed with {type(self.pipe.scheduler).__name__}, which has no sigmas; use a "
+                    "flow-matching scheduler, or a config without a schedule"
+                )
             # The loop may run the tail of the scheduler's steps (strength below 1); behind the last stands a zero.
             # Timesteps will not do: some schedulers round them to integers.
-            sigmas = self.pipe.scheduler.sigmas[-count - 1 : -1].tolist()
+            sigmas = sigmas[-count - 1 : -1].tolist()
         steps = [self.config.at(i / count, None if sigmas is None else sigmas[i]) for i in range(count)]
         for step in steps:
-            self._check_step(step, step.guidance_scale or 0.0)
-        scheduled = [step.guidance_scale for step in steps if step.guidance_scale is not None]
-        if set(scheduled) - {self.pipe.guidance_scale}:
-            values = ", ".join(f"{scale:g}" for scale in sorted(set(scheduled)))
-            use = f"in {count - len(scheduled)} of {count} steps" if len(scheduled) < count else "nowhere"
-            call = f"the call's {self.pipe.guidance_scale:g} is used {use}"
-            self._report.note = f"guidance scales {values} are the schedule's; {call}"
+            calls.check(step)
+        self._report.note = self._schedule_note(steps)
         return iter(steps)
+
+    def _schedule_note(self, steps: list[StepGuidance]) -> str:
+        scheduled = [step.guidance_scale for step in steps if step.guidance_scale is not None]
+        if not set(scheduled) - {self.pipe.guidance_scale}:
+            return ""
+        values = ", ".join(f"{scale:g}" for scale in sorted(set(scheduled)))
+        use = f"in {len(steps) - len(scheduled)} of {len(steps)} steps" if len(scheduled) < len(steps) else "nowhere"
+        return f"guidance scales {values} are the schedule's; the call's {self.pipe.guidance_scale:g} is used {use}"
 
     @contextmanager
     def _denoising_loop(self) -> Iterator[None]:
         self._check_hooked()
-        denoiser, device = self.denoiser, self.pipe._execution_device
-        self._report = new_report(denoiser, denoiser.plans(self.pipe.guidance_scale), device)
-        self._steps, denoiser.differences = self._plan_steps(), {}
-        denoiser.fusion.forget_attention()
+        device = self.pipe._execution_device
+        calls = self._kind(self.pipe)
+        self._report = new_report(self.denoiser, self._plans(calls), device)
+        self._steps, self._calls, self._timestep = self._plan_steps(calls), calls, None
+        for denoiser in self.denoisers:
+            denoiser.differences = {}
+            denoiser.fusion.forget_attention()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
         try:
             yield
+            calls.end()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 self._report.peak_bytes = torch.cuda.max_memory_allocated(device)
-            self._report.kernels = denoiser.fusion.used if self._report.guided_steps else "none: no guided step"
-            self._report.attention = denoiser.fusion.attention() or self._report.attention
             self._report.seconds = time.perf_counter() - began
-            self._report.differences = {name: value.item() for name, value in denoiser.differences.items()}
+            self._fill_report(calls)
         finally:
-            self._steps = self._timestep = None
-            denoiser.release()
+            self._calls, self._timestep = None, None
+            for denoiser in self.denoisers:
+                denoiser.release()
         for name, value in self._report.differences.items():
             if value == 0:
                 warnings.warn(f"branch {name!r} equals cond (max |c - p| = 0): this skip changes nothing", stacklevel=3)
+
+    def _plans(self, calls: Calls) -> Plan | Plans:
+        return self.denoiser.plans(uncond=bool(calls.has_uncond()))
+
+    def _fill_report(self, calls: Calls) -> None:
+        report = self._report
+        report.plan = self._plans(calls)
+        ran = [denoiser for denoiser in self.denoisers if denoiser.differences] or [self.denoiser]
+        report.kernels = ran[0].fusion.used if report.guided_steps else "none: no guided step"
+        report.attention = ran[0].fusion.attention() or report.attention
+        for denoiser in ran:
+            for name, value in denoiser.differences.items():
+                report.differences[name] = max(value.item(), report.differences.get(name, 0.0))
 
     @contextmanager
     def _guarded(self, bar: Any) -> Iterator[Any]:
@@ -211,25 +238,28 @@ class Engine:
         return bar if iterable is not None else self._guarded(bar)
 
     def _check_hooked(self) -> None:
-        if self.pipe.transformer is not self.denoiser.transformer:
+        models = [model for name in self._kind.models if (model := getattr(self.pipe, name, None)) is not None]
+        if [*map(id, models)] != [id(denoiser.transformer) for denoiser in self.denoisers]:
             raise RuntimeError("pipe.transformer was replaced after stg_engine was attached; detach and attach again")
-        with below_accelerate(self.denoiser.transformer):
-            forward: Any = self.denoiser.transformer.forward
-        while forward is not None and forward is not self._installed_forward:
-            forward = getattr(forward, "__wrapped__", None)
-        if forward is None:
-            raise RuntimeError(
-                "stg_engine's hook is no longer in the transformer's forward: something put an older forward back; "
-                "detach and attach again after it"
-            )
+        for model, installed in zip(models, self._forwards, strict=True):
+            with below_accelerate(model):
+                forward: Any = model.forward
+            while forward is not None and forward is not installed:
+                forward = getattr(forward, "__wrapped__", None)
+            if forward is None:
+                raise RuntimeError(
+                    "stg_engine's hook is no longer in the transformer's forward: something put an older forward "
+                    "back; detach and attach again after it"
+                )
 
 
 class _Takeover(ArgumentHook):
-    """Hands the transformer's calls to the engine."""
+    """Hands a transformer's calls to the engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, denoiser: Denoiser) -> None:
         super().__init__()
-        self.engine = engine
+        self.engine, self.denoiser = engine, denoiser
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.engine.predict(self.fn_ref.original_forward, dict(self.bind(module, args, kwargs)))
+        arguments = dict(self.bind(module, args, kwargs))
+        return self.engine.predict(self.denoiser, self.fn_ref.original_forward, arguments)

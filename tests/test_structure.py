@@ -19,7 +19,7 @@ LAYERS = [
     {"models", "fused", "once", "guard"},
     {"inputs"},
     {"denoiser", "reference"},
-    {"report", "compare"},
+    {"report", "compare", "calls"},
     {"pipeline", "export"},
     {"demo", "env"},
     {"settings"},
@@ -33,7 +33,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 LAZY_UP = {("config", "presets")}  # STGConfig.preset("name")
 
 # Inside a folder the files are siblings; these are what they share.
-SHARED = {"models": {"base"}}
+SHARED = {"models": {"base"}, "calls": {"base"}}
 
 # Plain data: these may load nothing but the standard library and each other.
 STANDARD_LIBRARY_ONLY = {"config", "presets", "plan"}

@@ -25,7 +25,7 @@ class Case:
     name       family, and variant if there are several
     model      dtype -> the model, in eval mode, every weight random: zeros and ones of a new model hide mistakes
     inputs     (videos, dtype) -> (shared, cond, uncond), every prompt of another length where lengths can differ
-    skipped    (model, skip) -> context in which a plain call of the model is the weak pass. Written on its own from
+    skipped    (model, skip) -> context in which a plain call of the model, on any rows, is the weak pass. Written from
                the published code: it must not use the ModelSpec
     layers     number of layers
     axes       what `Skip.axis` may be

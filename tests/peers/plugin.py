@@ -13,7 +13,6 @@ import diffusers
 import offline
 import transformers
 
-PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
 TINY_T5 = "hf-internal-testing/tiny-random-t5"
 
 outcomes: dict[str, str] = {}
@@ -26,6 +25,8 @@ def pytest_configure(config):
     serve_locally(transformers.AutoConfig, tiny_t5_config)
     serve_locally(transformers.AutoTokenizer, tiny_t5_tokenizer)
     if scale := os.environ.get("STG_PEERS_SCALE"):
+        from stg_engine.calls import PIPELINES
+
         for name in PIPELINES:
             attach_on_init(getattr(diffusers, name), float(scale))
 

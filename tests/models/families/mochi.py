@@ -9,7 +9,7 @@ from models.case import Case, attention_with, block_inputs_returned, randomise, 
 TEXT = 6
 
 
-def model(dtype, num_layers=4):
+def model(dtype, num_layers=4, in_channels=4, text_embed_dim=16):
     torch.manual_seed(0)
     return randomise(
         MochiTransformer3DModel(
@@ -18,8 +18,8 @@ def model(dtype, num_layers=4):
             attention_head_dim=8,
             num_layers=num_layers,
             pooled_projection_dim=16,
-            in_channels=4,
-            text_embed_dim=16,
+            in_channels=in_channels,
+            text_embed_dim=text_embed_dim,
             time_embed_dim=4,
             max_sequence_length=16,
         )
@@ -47,7 +47,7 @@ def rotated(x, cos, sin):
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
-def stg_a(attention, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+def stg_a(attention, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
     """One row; a video token sees its own key and the prompt's, as the mask of the first STGuidance release says."""
     size, count = hidden_states.shape[1], int(attention_mask.sum())
     text = encoder_hidden_states[:, :count]
@@ -71,6 +71,12 @@ def stg_a(attention, hidden_states, encoder_hidden_states=None, attention_mask=N
     return attention.to_out[0](out[:, :size]), out_text
 
 
+def row_by_row(attention, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+    rows = zip(hidden_states.split(1), encoder_hidden_states.split(1), attention_mask.split(1), strict=True)
+    results = [stg_a(attention, *row, image_rotary_emb) for row in rows]
+    return tuple(map(torch.cat, zip(*results, strict=True)))
+
+
 @contextmanager
 def skipped(transformer, skip):
     blocks = [transformer.transformer_blocks[layer] for layer in skip.layers]
@@ -78,7 +84,7 @@ def skipped(transformer, skip):
         with block_inputs_returned(blocks, ("hidden_states", "encoder_hidden_states")):
             yield
     else:
-        with replaced_forwards([block.attn1 for block in blocks], stg_a):
+        with replaced_forwards([block.attn1 for block in blocks], row_by_row):
             yield
 
 

@@ -1,0 +1,15 @@
+"""How diffusers pipelines call their model in a denoising step, by class name of the pipeline."""
+
+from stg_engine.calls.base import Calls, Step
+from stg_engine.calls.batched import Batched, LateScale
+from stg_engine.calls.sequential import Sequential, TrueCFG, TwoModels
+
+PIPELINES: dict[str, type[Calls]] = {
+    "LTXPipeline": Batched,
+    "LTXImageToVideoPipeline": Batched,
+    "LTXConditionPipeline": Batched,
+    "MochiPipeline": Batched,
+}
+"""Subclasses of a pipeline match too."""
+
+__all__ = ["PIPELINES", "Batched", "Calls", "LateScale", "Sequential", "Step", "TrueCFG", "TwoModels"]

@@ -1,0 +1,128 @@
+"""What a pipeline's way to call its model has to answer; one object per denoising loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from stg_engine.config import StepGuidance
+from stg_engine.denoiser import Denoiser
+from stg_engine.guidance import skip_term
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call in a step of the loop.
+
+    guidance  the step's
+    call      0 for the first call in the step, 1 for the second, ...
+    denoiser  on the model that was called
+    forward   that model's forward below the hook
+    """
+
+    guidance: StepGuidance
+    call: int
+    denoiser: Denoiser
+    forward: Any
+
+
+class Calls:
+    """The calls of one denoising loop of `pipe`. A subclass says how they map to branches.
+
+    Where the pipeline's guidance scale g is known, the guided prediction r goes back in every row, and the pipeline's
+    own `r + g (r - r)` is the identity. Where it is not, each row gets the skip term: with c' = c + s (c - p) and
+    u' = u + s (c - p) the pipeline's `u' + g (c' - u')` is `u + g (c - u) + s (c - p)`.
+    """
+
+    models: ClassVar[tuple[str, ...]] = ("transformer",)
+    """Attributes of the pipeline that hold its models."""
+
+    most: ClassVar[int] = 1
+    """Calls in a step."""
+
+    dtype: ClassVar[torch.dtype | None] = torch.float32
+    """What goes back to the pipeline: float32 where it takes that, None: the dtype of the model's output."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    def has_uncond(self) -> bool | None:
+        """Whether this step evaluates the negative prompt; None: not known yet."""
+        return bool(self.pipe.do_classifier_free_guidance)
+
+    def guidance_scale(self, model: Any) -> float | Tensor | None:
+        """g of the pipeline's own guidance in this step; None: not known when the model is called."""
+        return self.pipe.guidance_scale
+
+    def predict(self, step: Step, arguments: dict[str, Any]) -> Any:
+        """The model's call with these keyword arguments -> what it returns to the pipeline."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """The loop has ended, without an exception."""
+
+    def rescale(self) -> float:
+        """The call's own guidance_rescale, which diffusers ignores without an uncond branch."""
+        return float(getattr(self.pipe, "guidance_rescale", 0.0)) if self.has_uncond() else 0.0
+
+    def check(self, guidance: StepGuidance) -> None:
+        """`ValueError` for guidance that this call of the pipeline cannot have."""
+        if self.rescale() > 0 and guidance.rescale > 0:
+            raise ValueError(
+                f"guidance_rescale={self.rescale()} and rescale={guidance.rescale} are the same operation; "
+                "set one of them"
+            )
+        if (guidance.guidance_scale or 0) > 1 and not self.has_uncond():
+            raise ValueError(
+                f"guidance_scale={guidance.guidance_scale} in the schedule needs the negative prompt; "
+                "call the pipeline with guidance_scale above 1 so that it encodes one"
+            )
+
+    def reads_uncond(self, guidance: StepGuidance) -> bool:
+        """Whether the step needs the uncond branch, if the pipeline has one."""
+        return guidance.guidance_scale is None or guidance.guidance_scale > 1
+
+    def results(self, step: Step, names: tuple[str, ...], rows: Tensor) -> dict[str, Tensor]:
+        """What the pipeline gets for its cond row and, if it has one, its uncond row, of the branches' `rows`."""
+        denoiser, guidance = step.denoiser, step.guidance
+        scale: float | Tensor | None = guidance.guidance_scale
+        if scale is None:
+            scale = self.guidance_scale(denoiser.transformer) if self.has_uncond() else 1.0
+        if scale is None:
+            self._check_scale_is_not_needed(step)
+            return self.with_skip_term(guidance, names, rows)
+        guided = denoiser.combine(guidance, names, rows, scale, self.rescale(), self._dtype(rows))
+        return dict.fromkeys(("cond", "uncond") if self.has_uncond() else ("cond",), guided)
+
+    def with_skip_term(self, step: StepGuidance, names: tuple[str, ...], rows: Tensor) -> dict[str, Tensor]:
+        """{"cond": c + D, "uncond": u + D} with D = sum_i s_i (c - p_i); uncond only if `rows` have it."""
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        branches = dict(zip(names, wide.chunk(len(names)), strict=True))
+        skips = [(branches[name], skip.scale) for name, skip in zip(step.names, step.skips, strict=True)]
+        term = skip_term(branches["cond"], skips)
+        return {name: (branches[name] + term).to(self._dtype(rows)) for name in ("cond", "uncond") if name in branches}
+
+    def _dtype(self, rows: Tensor) -> torch.dtype:
+        return rows.dtype if self.dtype is None else torch.promote_types(rows.dtype, self.dtype)
+
+    def _check_scale_is_not_needed(self, step: Step) -> None:
+        config = step.denoiser.config
+        for field, is_used in (
+            ("rescale", step.guidance.rescale > 0),
+            ("cfg_star", config.cfg_star),
+            ("arithmetic", config.arithmetic != "float32"),
+        ):
+            if is_used:
+                raise ValueError(
+                    f"{field}={getattr(config, field)!r} needs the guidance scale, which {type(self.pipe).__name__} "
+                    "does not tell before it is applied; leave it out, or use a Denoiser in a loop of your own"
+                )
+
+
+def output_like(result: Tensor, *, return_dict: bool) -> Any:
+    """A model's output as the pipeline asked for it."""
+    return Transformer2DModelOutput(sample=result) if return_dict else (result,)

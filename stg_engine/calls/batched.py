@@ -1,0 +1,38 @@
+"""Pipelines with one call per step, on rows [uncond, cond] or [cond]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_engine.calls.base import Calls, Step, output_like
+from stg_engine.inputs import split_rows
+
+
+class Batched(Calls):
+    """LTX-Video, Mochi, ..."""
+
+    def predict(self, step: Step, arguments: dict[str, Any]) -> Any:
+        return_dict = arguments.pop("return_dict", True)
+        shared, cond, uncond = split_rows(step.denoiser.spec, arguments, 2 if self.has_uncond() else 1)
+        uncond = uncond if self.reads_uncond(step.guidance) else None
+        names, (rows, *_) = step.denoiser.predict(step.guidance, shared, cond, uncond, step.forward)
+        results = self.results(step, names, rows)
+        ordered = [results[name] for name in ("uncond", "cond") if name in results]
+        return output_like(ordered[0] if len(ordered) == 1 else torch.cat(ordered), return_dict=return_dict)
+
+
+class LateScale(Batched):
+    """CogVideoX: dynamic CFG sets a step's guidance scale behind the model's call; CFG is on or off for the loop."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self._has_uncond = pipe.guidance_scale > 1
+
+    def has_uncond(self) -> bool:
+        return self._has_uncond
+
+    def guidance_scale(self, model: Any) -> float | Tensor | None:
+        return None
