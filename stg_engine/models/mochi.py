@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from stg_engine.models.base import ModelSpec, register
 
 if TYPE_CHECKING:
@@ -19,6 +17,7 @@ def own_key_attention(attention: nn.Module, arguments: Mapping[str, Any]) -> tup
     As `MochiAttnProcessor2_0` otherwise: text tokens see everything, padding is not seen and gives zeros before
     `to_add_out`. Returns video [R, S, C] and text [R, T, C'].
     """
+    import torch
     from stg_kernels import branch_attention
 
     heads = attention.heads
@@ -53,6 +52,8 @@ def own_key_attention(attention: nn.Module, arguments: Mapping[str, Any]) -> tup
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    import torch
+
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
