@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from stg_kernels.attention.dispatch import tuning
 
     from stg_engine.denoiser import Denoiser
+    from stg_engine.guider import STGGuidance
     from stg_engine.pipeline import Engine, attach, detach
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "Engine",
     "Plan",
     "STGConfig",
+    "STGGuidance",
     "STGSchedule",
     "ScheduleEntry",
     "Skip",
@@ -28,7 +30,12 @@ __all__ = [
 ]
 
 _PIPELINE = dict.fromkeys(("Engine", "attach", "detach"), "stg_engine.pipeline")
-_LAZY = {"Denoiser": "stg_engine.denoiser", "tuning": "stg_kernels.attention.dispatch", **_PIPELINE}
+_LAZY = {
+    "Denoiser": "stg_engine.denoiser",
+    "STGGuidance": "stg_engine.guider",
+    "tuning": "stg_kernels.attention.dispatch",
+    **_PIPELINE,
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ LAYERS = [
     {"inputs"},
     {"denoiser", "reference"},
     {"report", "compare", "calls"},
-    {"pipeline", "export"},
+    {"pipeline", "guider", "export"},
     {"demo", "env"},
     {"settings"},
     {"generate"},
@@ -45,7 +45,7 @@ ONLY_IN = {
     "remove_hook": {"hooks"},
     "ModelHook": {"hooks"},
     "EngineHook": {"hooks", "once", "guard"},  # to subclass; only denoiser and pipeline install them
-    "ArgumentHook": {"hooks", "rows", "pipeline"},
+    "ArgumentHook": {"hooks", "rows", "pipeline", "guider"},
     "register_forward_hook": {"reference"},  # the oracle skips a block the way the published pipelines do
     "register_forward_pre_hook": {"reference"},
     "DiffusionPipeline": {"pipeline", "generate", "demo"},
