@@ -68,8 +68,8 @@ class STGGuidance(BaseGuidance):
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Mapping[str, Any]) -> list[Any]:
         """As `prepare_inputs`, for the fields of a modular pipeline's state."""
-        pairs = {name: names for name, names in input_fields.items() if isinstance(names, tuple)}
-        self._prompts = {name: tuple(getattr(data, field, None) for field in names) for name, names in pairs.items()}
+        pairs = ((name, names) for name, names in input_fields.items() if isinstance(names, tuple))
+        self._prompts = {name: (getattr(data, c, None), getattr(data, u, None)) for name, (c, u) in pairs}
         return [self._prepare_batch_from_block_state(input_fields, data, 0, "pred_cond")]
 
     def prepare_models(self, denoiser: nn.Module) -> None:

@@ -1,11 +1,14 @@
 """Every branch of a guided forward equals its pass run alone, in every family."""
 
+import accelerate
 import pytest
 import torch
 from models.case import cases, relative_error
+from peft import LoraConfig
 
 from stg_engine import Denoiser, Skip, STGConfig
 from stg_engine.hooks import hook_of
+from stg_engine.models import spec_of, supported
 
 FP32_RELATIVE = 2e-6  # DESIGN: fp32 on CPU
 CASES = cases()
@@ -108,3 +111,49 @@ def test_blocks_get_the_planned_rows_and_no_others(case):
             if names
         ]
         assert len(set(entries)) <= case.widths
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_adapter_on_every_linear(case):
+    """Before and after it is on, and switched off again: nothing kept from step to step outlives it."""
+    model = case.model(torch.float32)
+    if not hasattr(model, "add_adapter"):
+        pytest.skip(f"{type(model).__name__} takes no PEFT adapters")
+    skip = Skip((1,), axis=case.axes[0])
+    shared, cond, uncond = case.inputs(2, torch.float32)
+    every_linear = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    torch.manual_seed(0)
+    with Denoiser(model, config_of(skip), kernels="off") as denoiser:
+        plain = outputs(denoiser.branches(shared, cond, uncond))
+    model.add_adapter(LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=every_linear))
+    expected = case.passes(model, [skip], shared, cond, uncond)
+    with Denoiser(model, config_of(skip), kernels="off") as denoiser:
+        actual = outputs(denoiser.branches(shared, cond, uncond))
+        model.disable_adapters()
+        without = outputs(denoiser.branches(shared, cond, uncond))
+    for name in expected:
+        for tensor, other, same, before in zip(actual[name], expected[name], without[name], plain[name], strict=True):
+            assert relative_error(tensor, other) <= FP32_RELATIVE, name
+            assert relative_error(tensor, before) > 100 * FP32_RELATIVE, "the adapter changes nothing"
+            assert relative_error(same, before) <= FP32_RELATIVE, name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_offloaded_weights(case):
+    """Accelerate moves every module's weights in for its call and out behind it."""
+    skip = Skip((1,), axis=case.axes[0])
+    shared, cond, uncond = case.inputs(1, torch.float32)
+    with Denoiser(case.model(torch.float32), config_of(skip)) as denoiser:
+        expected = outputs(denoiser.branches(shared, cond, uncond))
+    model = accelerate.cpu_offload(case.model(torch.float32), execution_device=torch.device("cpu"))
+    with Denoiser(model, config_of(skip)) as denoiser:
+        for _ in range(2):
+            actual = outputs(denoiser.branches(shared, cond, uncond))
+            for name in expected:
+                for tensor, other in zip(actual[name], expected[name], strict=True):
+                    assert relative_error(tensor, other) <= FP32_RELATIVE, name
+
+
+def test_every_family_is_tested():
+    tested = {spec_of(type(case.model(torch.float32))).family for case in CASES}
+    assert tested >= {spec.family for spec in supported()} - {"LTX-Video"}  # tests/engine
