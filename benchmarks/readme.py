@@ -5,13 +5,16 @@ Each part stands between `<!-- NAME -->` and `<!-- /NAME -->`. Costs come from `
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
 
 from benchmarks import record
 from stg_engine import Plan, Skip, STGConfig
+from stg_engine.calls import PIPELINES
 from stg_engine.config import StepGuidance
+from stg_engine.models import supported
 from stg_engine.plan import build_plans
 
 README = Path(__file__).parents[1] / "README.md"
@@ -110,7 +113,36 @@ def attention_table() -> str:
     return "\n".join(lines) if len(lines) > 2 else "No CUDA device has been measured yet."
 
 
+SKIPS = {
+    "value_passthrough": "V",
+    "own_key_attention": "own key and text",
+}
+"""What a token gets of attention in mode="attention", by the name of the family's `attention_skip`."""
+
+
+def support_table() -> str:
+    """The registered families. Each yes is a test over all of them in tests/models."""
+    import diffusers
+
+    pipelines: dict[str, list[str]] = {}
+    for name in PIPELINES:
+        parameters = inspect.signature(getattr(diffusers, name)).parameters
+        model = next(parameters[key].annotation for key in ("transformer", "unet") if key in parameters)
+        pipelines.setdefault(getattr(model, "__name__", str(model)), []).append(name.removesuffix("Pipeline"))
+    lines = ["| model | attention skip gives | axes | pipelines | fused blocks | serial | LoRA | offload | CUDA graph |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for spec in supported():
+        axes = ", ".join(filter(None, spec.axes)) or "-"
+        hosts = ", ".join(pipelines.get(spec.transformer, ())) or "`Denoiser`"
+        lora = "yes" if hasattr(getattr(diffusers, spec.transformer), "add_adapter") else "no"
+        skip = SKIPS[spec.attention_skip.__name__]
+        cells = (spec.family, skip, axes, hosts, "yes" if spec.fused else "no", "yes", lora, "yes", "no")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 PARTS = {
+    "support": support_table,
     "plan": plan_picture,
     "cost": cost_table,
     "speed": speed_table,
