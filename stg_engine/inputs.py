@@ -48,7 +48,8 @@ def check_inputs(transformer: nn.Module, spec: ModelSpec, shared: Inputs, cond: 
                 raise TypeError(f"{group}[{name!r}] is a {kind}; it must be a tensor with one entry per video")
             if value.ndim == 0:
                 raise ValueError(f"{group}[{name!r}] is a single number; it must have one entry per video, {videos}")
-            if len(value) != videos:
+            entries = len(value) // videos if name in spec.several_entries else 1
+            if len(value) != max(entries, 1) * videos:
                 raise ValueError(
                     f"{group}[{name!r}] has {len(value)} rows; {first} has {videos}. Pass every video once: the rows "
                     "of the branches are made here"

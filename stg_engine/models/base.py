@@ -29,6 +29,7 @@ class ModelSpec:
     latents            transformer arguments with rows; equal in all branches but for those also in `prompt`. The first
                        one tells the number of videos
     prompt             transformer arguments with rows that differ between cond and uncond
+    several_entries    those of `prompt` of which a row may have more than one entry; the others have one
     prompt_mask        that of `prompt` which is 1 for tokens and 0 for padding [B, T], or None
     streams            block arguments that the block returns, in the order in which it returns them
     block_rows         further block arguments with rows (a tensor or a tuple of tensors)
@@ -63,6 +64,7 @@ class ModelSpec:
     attention_skip: AttentionSkip
     temporal_blocks: tuple[str, ...] = ()
     count_layers: Callable[[Mapping[str, Any]], int] = lambda config: config["num_layers"]
+    several_entries: tuple[str, ...] = ()
     prompt_mask: str | None = None
     shared_rows: tuple[str, ...] = ()
     prompt_rows: tuple[str, ...] = ()

@@ -62,11 +62,14 @@ class Case:
         """Every branch as plain calls of its own, video by video: {"cond": [one tensor per output], ...}."""
         results: dict[str, list[tuple[Tensor, ...]]] = {}
         spec = spec_of(model)
-        for video in range(len({**shared, **cond}[spec.latents[0]])):
+        total = len({**shared, **cond}[spec.latents[0]])
+        for video in range(total):
 
             def plain(prompt: Inputs, at: int = video) -> tuple[Tensor, ...]:
                 rows = {
-                    name: value[at : at + 1] if name in (*spec.latents, *spec.prompt) and value is not None else value
+                    name: value.chunk(total)[at]
+                    if name in (*spec.latents, *spec.prompt) and value is not None
+                    else value
                     for name, value in {**shared, **prompt}.items()
                 }
                 output = model(**rows, **self.call)
