@@ -42,7 +42,10 @@ WAN = register(
         shares_attention=True,
         once_per_step={
             "patch_embedding": (0,),
-            **{f"condition_embedder.{name}": (0,) for name in ("timesteps_proj", "time_embedder", "act_fn", "time_proj")},
+            "condition_embedder.timesteps_proj": (0,),
+            "condition_embedder.time_embedder": (0,),
+            "condition_embedder.act_fn": (0,),
+            "condition_embedder.time_proj": (0,),
         },
         once_per_prompt=("condition_embedder.text_embedder", "condition_embedder.image_embedder"),
         once_per_prompt_in_block=(
