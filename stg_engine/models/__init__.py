@@ -1,6 +1,18 @@
 """Model families. Importing this package registers the built-in ones."""
 
-from stg_engine.models import cogvideox, ltx, mochi, wan
+from stg_engine.models import cogvideox, hunyuan_video, hunyuan_video_1_5, ltx, mochi, wan
 from stg_engine.models.base import ModelSpec, modules_at, register, spec_of, supported
 
-__all__ = ["ModelSpec", "cogvideox", "ltx", "mochi", "modules_at", "register", "spec_of", "supported", "wan"]
+__all__ = [
+    "ModelSpec",
+    "cogvideox",
+    "hunyuan_video",
+    "hunyuan_video_1_5",
+    "ltx",
+    "mochi",
+    "modules_at",
+    "register",
+    "spec_of",
+    "supported",
+    "wan",
+]
