@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
@@ -129,16 +129,23 @@ class STGSchedule:
 
 @dataclass(frozen=True)
 class StepGuidance:
-    """What one denoising step does. Without a skip branch there is no rescale either: the step is plain guidance."""
+    """What one denoising step does. Without a weak branch there is no rescale either: the step is plain guidance."""
 
     skips: tuple[Skip, ...] = ()
     rescale: float = 0.0
     guidance_scale: float | None = None
+    modality_scale: float = 1.0
 
     @property
     def is_plain(self) -> bool:
         """True if the step is the caller's own guidance: nothing of the setting acts in it."""
-        return not self.skips and self.guidance_scale is None
+        return not self.weak and self.guidance_scale is None
+
+    @property
+    def weak(self) -> tuple[tuple[str, float], ...]:
+        """The weak branches in row order, each with its weight w in `... + w (c - p)`."""
+        skips = zip(self.names, (skip.scale for skip in self.skips), strict=True)
+        return (*skips, *([] if self.modality_scale == 1 else [("modality", self.modality_scale - 1)]))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -159,6 +166,8 @@ class STGConfig:
                   skips or a scheduled guidance scale
     rescale_over  "sample": the std of each video on its own; "batch": one std over the whole batch (STGuidance)
     arithmetic    "float32", or "model": combine in the transformer's dtype (Lightricks/LTX-Video: bfloat16)
+    modality_scale  mu >= 1 in `... + (mu - 1)(c - m)`, in the steps in which the skips are on: m is c without attention
+                  between video and audio (LTX-2); 1 is off
 
     Raises `ValueError` for a value out of range, an empty or duplicate layer list, an unknown choice.
     """
@@ -175,6 +184,7 @@ class STGConfig:
     cfg_star: bool = False
     rescale_over: str = "sample"
     arithmetic: str = "float32"
+    modality_scale: float = 1.0
 
     def __post_init__(self) -> None:
         _choice("mode", self.mode, MODES)
@@ -183,6 +193,7 @@ class STGConfig:
         _choice("arithmetic", self.arithmetic, ARITHMETIC)
         if not isinstance(self.cfg_star, bool):
             raise ValueError(f"cfg_star={self.cfg_star!r} is not allowed; choose one of True, False")
+        object.__setattr__(self, "modality_scale", number("modality_scale", self.modality_scale, 1.0))
         if self.schedule is not None:
             self._check_schedule_stands_alone()
             return
@@ -225,6 +236,11 @@ class STGConfig:
         )
 
     @property
+    def is_on(self) -> bool:
+        """True if there are steps with a weak branch."""
+        return self.modality_scale != 1 or any(skip.scale > 0 for skip in self.skips)
+
+    @property
     def needs_progress(self) -> bool:
         """True if the steps differ by progress, so that a loop must say where it is."""
         return (self.start, self.stop) != (0.0, 1.0)
@@ -253,7 +269,6 @@ class STGConfig:
         skips = (Skip(entry.layers, entry.scale, self.mode, self.axis),) if entry.scale > 0 else ()
         return self._active(skips, entry.rescale, entry.guidance_scale)
 
-    @staticmethod
-    def _active(skips: tuple[Skip, ...], rescale: float, guidance_scale: float | None = None) -> StepGuidance:
-        skips = tuple(skip for skip in skips if skip.scale > 0)
-        return StepGuidance(skips, rescale if skips else 0.0, guidance_scale)
+    def _active(self, skips: tuple[Skip, ...], rescale: float, guidance_scale: float | None = None) -> StepGuidance:
+        step = StepGuidance(tuple(s for s in skips if s.scale > 0), rescale, guidance_scale, self.modality_scale)
+        return step if step.weak else replace(step, rescale=0.0)

@@ -90,7 +90,7 @@ class Denoiser:
         progress: float | None = None,
         sigma: float | None = None,
     ) -> Any:
-        """`u + g (c - u) + sum_i s_i (c - p_i)` and the rescale, in the transformer's own output shape and dtype.
+        """`u + g (c - u) + sum_i s_i (c - p_i) + (mu - 1)(c - m)` and the rescale, in the transformer's output dtype.
 
         shared          the transformer's keyword arguments that all branches have in common (B videos)
         cond, uncond    those that depend on the prompt; without uncond the result is `c + sum_i s_i (c - p_i)`
@@ -121,7 +121,7 @@ class Denoiser:
         progress: float | None = None,
         sigma: float | None = None,
     ) -> Any:
-        """The predictions before they are combined: {"cond": ..., "uncond": ..., "skip": ..., "skip2": ...}."""
+        """The predictions before they are combined: {"uncond": ..., "cond": ..., "skip": ..., "modality": ...}."""
         names, outputs = self.predict(self.config.at(progress, sigma), shared, cond, uncond)
         branches = tuple(dict(zip(names, rows.chunk(len(names)), strict=True)) for rows in outputs)
         return branches if len(branches) > 1 else branches[0]
@@ -177,7 +177,7 @@ class Denoiser:
         videos = check_inputs(self.transformer, self.spec, shared, cond, uncond)
         plan = self.plan(step, uncond=uncond is not None)
         names = tuple(branch.name for branch in plan.branches)
-        if not step.skips:  # plain diffusers, whatever else is on
+        if not step.weak:  # plain diffusers, whatever else is on
             rows = all_rows(self.spec, names, shared, cond, uncond)
             return names, forward(**rows, return_dict=False)
         self._refuse_replaced_modules()
@@ -217,13 +217,13 @@ class Denoiser:
         """
         rescale = step.rescale or rescale
         dtype = torch.promote_types(rows.dtype, torch.float32) if dtype is None else dtype
-        if step.skips and self.fusion.is_on and self.config.arithmetic == "float32" and rows.is_contiguous():
+        if step.weak and self.fusion.is_on and self.config.arithmetic == "float32" and rows.is_contiguous():
             from stg_kernels import combine_guidance
 
             has_uncond = "uncond" in names
             return combine_guidance(
                 rows,
-                self._device_scales((guidance_scale, rescale, *(skip.scale for skip in step.skips)), rows.device),
+                self._device_scales((guidance_scale, rescale, *(scale for _, scale in step.weak)), rows.device),
                 has_uncond=has_uncond,
                 rescale=rescale > 0,
                 over_batch=self.config.rescale_over == "batch",
@@ -234,7 +234,7 @@ class Denoiser:
         return guidance.combine(
             branches["cond"],
             branches.get("uncond"),
-            [(branches[name], skip.scale) for name, skip in zip(step.names, step.skips, strict=True)],
+            [(branches[name], scale) for name, scale in step.weak],
             guidance_scale=guidance_scale,
             rescale=rescale,
             cfg_star=self.config.cfg_star and not step.is_plain,
@@ -261,8 +261,11 @@ class Denoiser:
 
     def _note_differences(self, step: StepGuidance, names: tuple[str, ...], rows: Tensor) -> None:
         branches = dict(zip(names, rows.chunk(len(names)), strict=True))
-        for name, skip in zip(step.names, step.skips, strict=True):
-            key = name if self.config.schedule is None else f"{name} {', '.join(map(str, skip.layers))}"
+        layers = {
+            name: f" {', '.join(map(str, skip.layers))}" for name, skip in zip(step.names, step.skips, strict=True)
+        }
+        for name, _ in step.weak:
+            key = name if self.config.schedule is None else name + layers.get(name, "")
             if key not in self.differences:
                 self.differences[key] = guidance.largest_difference(branches["cond"], branches[name])
 
@@ -284,6 +287,8 @@ class Denoiser:
             raise TypeError(f"config={self.config!r} is not allowed; it must be an STGConfig")
         for skip in self.config.skips:
             check_layers(skip, self.num_layers, self.spec.axes)
+        if (mu := self.config.modality_scale) != 1 and not self.spec.links:
+            raise ValueError(f"modality_scale={mu} is not allowed: {self.spec.family} has one modality")
 
     def _published(self) -> STGConfig:
         name = self.spec.presets.get(self.num_layers)
@@ -295,7 +300,7 @@ class Denoiser:
         return PRESETS[name].config
 
     def _plan_options(self) -> dict[str, Any]:
-        return self.spec.plan_options(is_on=any(skip.scale > 0 for skip in self.config.skips))
+        return self.spec.plan_options(is_on=self.config.is_on)
 
     def _install(self) -> None:
         spec, slot, root = self.spec, self._slot, self.transformer

@@ -50,7 +50,7 @@ class Fork:
 class Plan:
     """Branches x blocks -> rows.
 
-    branches      in row order: uncond (if any), cond, skip, skip2, ...; each owns B rows for B videos
+    branches      in row order: uncond (if any), cond, skip, skip2, ..., modality (if on); each owns B rows for B videos
     num_blocks    L, in factorised models the spatial and the temporal ones
     axes          (None,), or ("spatial", "temporal"): the blocks of a layer, in order
     prompt_block  the first block that reads the prompt; -1: uncond and cond differ before the blocks
@@ -80,7 +80,8 @@ class Plan:
         if isinstance(guidance, STGConfig):
             if guidance.schedule is not None:
                 raise ValueError("schedule has a plan per entry; use stg_engine.plan.build_plans")
-            guidance = StepGuidance(tuple(skip for skip in guidance.skips if skip.scale > 0), guidance.rescale)
+            skips = tuple(skip for skip in guidance.skips if skip.scale > 0)
+            guidance = StepGuidance(skips, guidance.rescale, modality_scale=guidance.modality_scale)
         for skip in guidance.skips:
             check_layers(skip, num_layers, axes)
         branches = [Branch("uncond", prompt="uncond")] if uncond else []
@@ -89,6 +90,8 @@ class Plan:
             places = [i for i, axis in enumerate(axes) if skip.axis in (None, axis)]
             blocks = [layer * len(axes) + place for layer in skip.layers for place in places]
             branches.append(Branch(name, skips=dict.fromkeys(blocks, skip.mode)))
+        if guidance.modality_scale != 1:
+            branches.append(Branch("modality", is_isolated=True))
         return cls(tuple(branches), num_layers * len(axes), axes, prompt_block, shares_attention, title)
 
     @cached_property
