@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from stg_engine.models.base import ModelSpec, register
 
 if TYPE_CHECKING:
@@ -20,6 +18,8 @@ def gated_value_passthrough(attention: nn.Module, arguments: Mapping[str, Any]) 
     `LTX2PerturbedAttnProcessor` computes it, for video and for audio. In LTX-2.0, whose config says
     `perturbed_attn=False`, diffusers' own STG pass silently equals cond; here it works with those weights too.
     """
+    import torch
+
     x = arguments["hidden_states"]
     values = attention.to_v(x)
     if attention.to_gate_logits is not None:
