@@ -7,10 +7,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 AttentionSkip = Callable[["nn.Module", Mapping[str, Any]], Any]
 """(self-attention module, its arguments by name for the rows that skip) -> what the module returns"""
+
+
+def value_passthrough(attention: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+    """Self-attention whose map is the identity: `to_out(to_v(x))`, [R, S, C] -> [R, S, C] (arXiv 2411.18664 Eq. 17)."""
+    projection, dropout = attention.to_out
+    return dropout(projection(attention.to_v(arguments["hidden_states"])))
 
 
 @dataclass(frozen=True, kw_only=True)

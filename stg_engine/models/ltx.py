@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from stg_engine.models.base import ModelSpec, register
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-
-def value_passthrough(attention: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-    """Self-attention whose map is the identity: `to_out(to_v(x))`, [R, S, C] -> [R, S, C] (arXiv 2411.18664 Eq. 17)."""
-    projection, dropout = attention.to_out
-    return dropout(projection(attention.to_v(arguments["hidden_states"])))
-
+from stg_engine.models.base import ModelSpec, register, value_passthrough
 
 LTX_VIDEO = register(
     ModelSpec(
