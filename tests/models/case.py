@@ -51,10 +51,13 @@ class Case:
         return self.name
 
     def skips(self) -> list[Skip]:
-        """First, last, middle and several layers, in every mode and axis."""
+        """First, last, middle and several layers, in every mode and axis; whole layers of factorised models too."""
         last = self.layers - 1
         choices = ((0,), (1,), (last,), (1, last))
-        return [Skip(layers, mode=m, axis=a) for layers in choices for m in self.modes for a in self.axes]
+        kinds = [(mode, axis) for mode in self.modes for axis in self.axes]
+        if len(self.axes) > 1 and "residual" in self.modes:
+            kinds.append(("residual", None))
+        return [Skip(layers, mode=mode, axis=axis) for layers in choices for mode, axis in kinds]
 
     def passes(
         self, model: nn.Module, skips: Sequence[Skip], shared: Inputs, cond: Inputs, uncond: Inputs | None
