@@ -1,6 +1,6 @@
 """Model families. Importing this package registers the built-in ones."""
 
-from stg_engine.models import cogvideox, hunyuan_video, hunyuan_video_1_5, ltx, ltx2, mochi, wan
+from stg_engine.models import cogvideox, hunyuan_video, hunyuan_video_1_5, latte, ltx, ltx2, mochi, wan
 from stg_engine.models.base import ModelSpec, modules_at, register, spec_of, supported
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "cogvideox",
     "hunyuan_video",
     "hunyuan_video_1_5",
+    "latte",
     "ltx",
     "ltx2",
     "mochi",
