@@ -13,11 +13,11 @@ from stg_engine import guidance
 from stg_engine.config import StepGuidance, STGConfig, number
 from stg_engine.fused import Fusion
 from stg_engine.guard import refuse_compiled, refuse_in_guided_step
-from stg_engine.hooks import install, is_installed, remove
-from stg_engine.inputs import Inputs, all_rows, check_inputs, key_lengths
+from stg_engine.hooks import install, is_installed, remove, signature_of
+from stg_engine.inputs import Inputs, all_rows, check_inputs, kept_prompt, key_lengths
 from stg_engine.memo import Memo, fingerprint
-from stg_engine.models import ModelSpec, modules_at, spec_of
-from stg_engine.once import BetweenBlocks, OncePerPrompt, OncePerStep, PerRow, TimeEmbedding
+from stg_engine.models import modules_at, spec_of
+from stg_engine.once import BetweenBlocks, OncePerPrompt, OncePerStep, OneKeyAttention, PerRow, TimeEmbedding
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS
 from stg_engine.rows import BlockHook, LinkHook, Run, SelfAttentionHook, Slot
@@ -71,7 +71,7 @@ class Denoiser:
             )
         self.memo = Memo()
         self.differences: dict[str, Tensor] = {}
-        self._attentions = self._self_attentions()
+        self._attentions = self._in_blocks(self.spec.self_attention)
         self.fusion = Fusion(self.spec.fused, kernels)
         self._scales: dict[tuple, Tensor] = {}
         self._slot = Slot()
@@ -179,19 +179,20 @@ class Denoiser:
         names = tuple(branch.name for branch in plan.branches)
         if not step.weak:  # plain diffusers, whatever else is on
             rows = all_rows(self.spec, names, shared, cond, uncond)
-            return names, forward(**rows, return_dict=False)
+            return names, self._outputs(forward, rows)
         self._refuse_replaced_modules()
         refuse_compiled(self.transformer, self._hooked)
         refuse_in_guided_step(self.transformer, self._forwards)
         try:
-            prompt = [*cond.values(), *(() if uncond is None else uncond.values())]
-            self.memo.keep_only(fingerprint(self._once_per_prompt()), _other_sources(self.spec, shared), prompt)
-            fused = self.fusion.forwards(self.transformer, self.blocks, shared[self.spec.latents[0]])
+            prompt, latents = kept_prompt(self.spec, cond, uncond), {**shared, **cond}[self.spec.latents[0]]
+            kept = [*self._once_per_prompt(), *self._in_blocks(self.spec.one_key_attention)]
+            self.memo.keep_only(fingerprint(kept), _other_sources(latents, shared), prompt)
+            fused = self.fusion.forwards(self.transformer, self.blocks, latents)
             rows = all_rows(self.spec, names, shared, cond, uncond, self.memo)
             lengths = self._key_lengths(rows) if any(fused) else {}
             texts = tuple(value for value in prompt if value is not None)
             self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused, texts, **lengths)
-            outputs = forward(**rows, return_dict=False)
+            outputs = self._outputs(forward, rows)
         except BaseException:
             self.release()
             raise
@@ -269,16 +270,21 @@ class Denoiser:
             if key not in self.differences:
                 self.differences[key] = guidance.largest_difference(branches["cond"], branches[name])
 
+    def _outputs(self, forward: Callable[..., Any], rows: Inputs) -> tuple[Tensor, ...]:
+        options = {"return_dict": False} if "return_dict" in signature_of(type(self.transformer)).parameters else {}
+        outputs = forward(**rows, **options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
     def _once_per_prompt(self) -> list[nn.Module]:
         modules = modules_at(self.transformer, self.spec.once_per_prompt)
-        return modules + [m for b in self.blocks for m in modules_at(b, self.spec.once_per_prompt_in_block)]
+        return modules + self._in_blocks(self.spec.once_per_prompt_in_block)
 
-    def _self_attentions(self) -> list[nn.Module]:
-        return [module for block in self.blocks for module in modules_at(block, self.spec.self_attention)]
+    def _in_blocks(self, paths: tuple[str, ...]) -> list[nn.Module]:
+        return [module for block in self.blocks for module in modules_at(block, paths)]
 
     def _refuse_replaced_modules(self) -> None:
         blocks = self.spec.block_list(self.transformer)
-        attentions = self._self_attentions()
+        attentions = self._in_blocks(self.spec.self_attention)
         if any(map(operator.is_not, blocks, self.blocks)) or any(map(operator.is_not, attentions, self._attentions)):
             raise RuntimeError("a block or its self-attention was replaced; detach and attach again")
 
@@ -314,6 +320,7 @@ class Denoiser:
                 hooks += [(module, kind(slot, carriers)) for module in modules_at(root, (path,))]
         hooks += [(module, TimeEmbedding(slot)) for module in modules_at(root, spec.time_embedding)]
         hooks += [(module, OncePerPrompt(slot, self.memo)) for module in self._once_per_prompt()]
+        hooks += [(module, OneKeyAttention(slot, self.memo)) for module in self._in_blocks(spec.one_key_attention)]
         for index, block in enumerate(self.blocks):
             hooks.append((block, BlockHook(slot, index)))
             hooks += [(module, SelfAttentionHook(slot, index)) for module in modules_at(block, spec.self_attention)]
@@ -334,9 +341,9 @@ class Denoiser:
             registry.invalidate_child_registries_cache()
 
 
-def _other_sources(spec: ModelSpec, shared: Inputs) -> Any:
+def _other_sources(latents: Tensor, shared: Inputs) -> Any:
     """What prompt keys and values follow from beside prompt and weights."""
-    kind = shared[spec.latents[0]].device.type
+    kind = latents.device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     # The LoRA scale in attention_kwargs acts inside the forward, after the fingerprint.
     return autocast, repr(shared.get("attention_kwargs"))

@@ -31,17 +31,18 @@ def check_inputs(transformer: nn.Module, spec: ModelSpec, shared: Inputs, cond: 
     if uncond is not None and set(uncond) != set(cond):
         raise ValueError(f"uncond holds {sorted(uncond)}; it must hold what cond holds, {sorted(cond)}")
     first = spec.latents[0]
-    if first not in shared:
-        raise ValueError(f"shared holds {sorted(shared)}; it must hold {first!r}")
-    videos = len(shared[first])
+    holder = "cond" if first in spec.prompt else "shared"
+    if first not in groups[holder]:
+        raise ValueError(f"{holder} holds {sorted(groups[holder])}; it must hold {first!r}")
+    videos = len(groups[holder][first])
     if videos == 0:
-        raise ValueError(f"shared[{first!r}] has no rows; it must have one per video")
+        raise ValueError(f"{holder}[{first!r}] has no rows; it must have one per video")
     for group, inputs in groups.items():
         for name, value in inputs.items():
             if group == "uncond" and (value is None) != (cond[name] is None):
                 with_it, without = ("cond", "uncond") if value is None else ("uncond", "cond")
                 raise ValueError(f"{without}[{name!r}] is None and {with_it} has one; pass both or neither")
-            if value is None or name not in (*spec.latents, *spec.prompt):
+            if value is None or name not in (*spec.latents, *spec.prompt) or is_scalar(spec, name, value):
                 continue
             if not isinstance(value, Tensor):
                 kind = type(value).__name__
@@ -70,7 +71,7 @@ def split_rows(spec: ModelSpec, arguments: Inputs, copies: int) -> tuple[dict, d
     videos = arguments[spec.latents[0]].shape[0] // copies
     prompt = {name: arguments[name] for name in spec.prompt if name in arguments}
     shared = {name: value for name, value in arguments.items() if name not in prompt}
-    shared.update({name: shared[name][:videos] for name in spec.latents if shared.get(name) is not None})
+    shared.update({name: shared[name][:videos] for name in spec.latents if has_rows(spec, name, shared)})
     for name, value in prompt.items():
         # A callback may switch CFG off and leave the negative rows in front of the mask, which it cannot reach.
         if value is not None and len(value) != copies * videos and (copies, len(value)) != (1, 2 * videos):
@@ -104,7 +105,7 @@ def all_rows(
     """Keyword arguments with the rows of branches `names`, [K * B, ...] in that order; `memo` keeps the prompts'."""
     rows = dict(shared)
     for name in spec.latents:
-        if shared.get(name) is not None:
+        if has_rows(spec, name, shared):
             rows[name] = shared[name].repeat(len(names), *[1] * (shared[name].ndim - 1))
     for name, value in cond.items():
         other = value if uncond is None else uncond[name]
@@ -115,5 +116,22 @@ def all_rows(
         def stack(value: Tensor = value, other: Tensor = other) -> Tensor:
             return torch.cat([other if branch == "uncond" else value for branch in names])
 
-        rows[name] = stack() if memo is None else memo.get((name, names), (value, other), stack)
+        is_kept = memo is not None and name not in spec.latents
+        rows[name] = memo.get((name, names), (value, other), stack) if is_kept else stack()
     return rows
+
+
+def kept_prompt(spec: ModelSpec, cond: Inputs, uncond: Inputs | None) -> list[Tensor | None]:
+    """The tensors of the prompt that stay the same from step to step."""
+    prompts = (cond,) if uncond is None else (cond, uncond)
+    return [value for prompt in prompts for name, value in prompt.items() if name not in spec.latents]
+
+
+def has_rows(spec: ModelSpec, name: str, inputs: Inputs) -> bool:
+    value = inputs.get(name)
+    return value is not None and not is_scalar(spec, name, value)
+
+
+def is_scalar(spec: ModelSpec, name: str, value: Any) -> bool:
+    """True for a single number, where `spec` allows one."""
+    return name in spec.scalars and (not isinstance(value, Tensor) or value.ndim == 0)

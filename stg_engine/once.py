@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stg_engine.hooks import EngineHook
-from stg_engine.layout import Rows, chunk_ranges, join, narrow, select
+from stg_engine.layout import Rows, chunk_ranges, entries_of, join, narrow, select
 from stg_engine.memo import Memo
 from stg_engine.rows import Run, Slot
 
@@ -28,6 +28,39 @@ class OncePerPrompt(EngineHook):
         if not self.memo.owns(x):
             return in_chunks(forward, x, run.max_rows, run.rows_in_hand)
         return self.memo.get(id(self), (x,), lambda: in_chunks(forward, x, run.max_rows, run.rows_in_hand))
+
+
+class OneKeyAttention(EngineHook):
+    """Attention to a single token: the softmax over one key is 1, so every query gets `to_out(to_v(token))`.
+
+    That is one vector per row, [R, 1, C], kept per prompt; it returns [R * n, 1, C] for the row's n entries, which
+    broadcasts over the tokens. With `max_rows` the module runs, for the sake of its bits.
+    """
+
+    processors = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+
+    def __init__(self, slot: Slot, memo: Memo) -> None:
+        super().__init__()
+        self.slot, self.memo = slot, memo
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        run, context = self.slot.run, kwargs.get("encoder_hidden_states")
+        is_one_key = (
+            context is not None
+            and context.shape[1] == 1
+            and kwargs.get("attention_mask") is None
+            and type(module.processor).__name__ in self.processors
+        )
+        if run is None or run.max_rows is not None or not is_one_key:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        entries = entries_of(context, run.rows_in_hand)
+        projection, dropout = module.to_out
+
+        def attend() -> Tensor:
+            return dropout(projection(module.to_v(context[::entries])))
+
+        key = (id(self), run.names_in_hand)
+        return self.memo.get(key, run.prompt, attend).repeat_interleave(entries, dim=0)
 
 
 class RowsHook(EngineHook):

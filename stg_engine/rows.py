@@ -151,6 +151,11 @@ class Run:
         """Rows of the block that runs, of all branches outside the blocks."""
         return len(self._current) or self._total
 
+    @property
+    def names_in_hand(self) -> tuple[str, ...]:
+        """The branch of each of them."""
+        return tuple(name for name, _ in self._current)
+
     def _in_chunks(
         self, forward: Forward, arguments: dict[str, Any], rows: list[Row], carriers: Sequence[str]
     ) -> tuple[Tensor, ...]:

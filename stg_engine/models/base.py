@@ -32,8 +32,9 @@ class ModelSpec:
     blocks             paths of the blocks in the order in which the forward runs them; their places are the layers
     temporal_blocks    in factorised models: the temporal blocks, one behind each of `blocks`, which are spatial then
     count_layers       a transformer's config.json -> the number of `blocks`
-    latents            transformer arguments with rows; equal in all branches but for those also in `prompt`. The first
-                       one tells the number of videos
+    latents            transformer arguments with rows; equal in all branches but for those also in `prompt`, of which
+                       nothing is kept. The first one tells the number of videos
+    scalars            those of latents that may be a single number instead, for all videos
     prompt             transformer arguments with rows that differ between cond and uncond
     several_entries    those of `prompt` of which a row may have more than one entry; the others have one
     prompt_mask        that of `prompt` which is 1 for tokens and 0 for padding [B, T], or None
@@ -53,6 +54,8 @@ class ModelSpec:
     time_embedding     modules that map flat timesteps [rows * n] to modulations ([rows * n, ...], ...)
     once_per_prompt    modules of one argument that depend on prompt and weights alone, not on the timestep
     once_per_prompt_in_block   the same, paths inside each block
+    one_key_attention  paths inside a block of diffusers' `Attention` to the prompt; where that has a single token, the
+                       result is `to_out(to_v(prompt))` for every query: once per prompt, if `max_rows` is None
     per_row            further modules with rows: path -> their row arguments; they get `max_rows` rows at a time
     fused              module of `stg_engine.fused` with the block's forward from `stg_kernels`, or None
     presets            number of layers -> name of the published preset
@@ -70,6 +73,7 @@ class ModelSpec:
     attention_skip: AttentionSkip
     temporal_blocks: tuple[str, ...] = ()
     count_layers: Callable[[Mapping[str, Any]], int] = lambda config: config["num_layers"]
+    scalars: tuple[str, ...] = ()
     several_entries: tuple[str, ...] = ()
     prompt_mask: str | None = None
     shared_rows: tuple[str, ...] = ()
@@ -82,6 +86,7 @@ class ModelSpec:
     time_embedding: tuple[str, ...] = ()
     once_per_prompt: tuple[str, ...] = ()
     once_per_prompt_in_block: tuple[str, ...] = ()
+    one_key_attention: tuple[str, ...] = ()
     per_row: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     fused: str | None = None
     presets: Mapping[int, str] = field(default_factory=dict)
