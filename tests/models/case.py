@@ -93,12 +93,15 @@ def cases() -> list[Case]:
     return [case for name in names for case in import_module(f"models.families.{name}").CASES]
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random around what it was: norms, gates and tables that begin as zeros or ones too."""
+def randomise(model: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
+    """Every parameter random around what it was: norms, gates and tables that begin as zeros or ones too.
+
+    A smaller `scale` where rounding grows from layer to layer beyond what fp32 is held to.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
     return model.eval()
 
 
