@@ -1,6 +1,6 @@
 """Model families. Importing this package registers the built-in ones."""
 
-from stg_engine.models import cogvideox, hunyuan_video, hunyuan_video_1_5, latte, ltx, ltx2, mochi, wan
+from stg_engine.models import cogvideox, hunyuan_video, hunyuan_video_1_5, latte, ltx, ltx2, mochi, svd, wan
 from stg_engine.models.base import ModelSpec, modules_at, register, spec_of, supported
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "register",
     "spec_of",
     "supported",
+    "svd",
     "wan",
 ]
