@@ -43,10 +43,10 @@ def plan_picture() -> str:
 
 def cost_table() -> str:
     rows = []
-    for model, blocks, skip, uncond, supported in PUBLISHED:
+    for model, blocks, skip, uncond, status in PUBLISHED:
         plan = Plan.build(StepGuidance((skip,)), blocks, uncond=uncond)
         layers = f"{', '.join(map(str, skip.layers))} of {blocks}"
-        rows.append((model, layers, 1 + uncond, len(plan.branches) * blocks, plan.block_rows, blocks, supported))
+        rows.append((model, layers, 1 + uncond, len(plan.branches) * blocks, plan.block_rows, blocks, status))
     schedule = build_plans(STGConfig.preset("ltx-video-13b"), 48)
     full = sum(n * len(plan.branches) * 48 for n, plan in zip(STEPS_13B, schedule, strict=True))
     shared = sum(n * plan.block_rows for n, plan in zip(STEPS_13B, schedule, strict=True))
@@ -55,9 +55,9 @@ def cost_table() -> str:
     rows.insert(2, ("LTX-Video 13B, first pass, 27 steps", "schedule", plain, full, shared, 48, YES))
     lines = ["| model | layers skipped | without STG | STG, passes apart | STG, shared | bound | supported |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for model, layers, plain, apart, shared, blocks, supported in rows:
+    for model, layers, plain, apart, shared, blocks, status in rows:
         cost = f"{plain:.2f} | {apart / blocks:.2f} | {shared / blocks:.2f} | {apart / shared:.2f}x"
-        lines.append(f"| {model} | {layers} | {cost} | {supported} |")
+        lines.append(f"| {model} | {layers} | {cost} | {status} |")
     return "\n".join(lines)
 
 
@@ -129,7 +129,9 @@ def support_table() -> str:
         parameters = inspect.signature(getattr(diffusers, name)).parameters
         model = next(parameters[key].annotation for key in ("transformer", "unet") if key in parameters)
         pipelines.setdefault(getattr(model, "__name__", str(model)), []).append(name.removesuffix("Pipeline"))
-    lines = ["| model | attention skip gives | axes | pipelines | fused blocks | serial | LoRA | offload | CUDA graph |"]
+    lines = [
+        "| model | attention skip gives | axes | pipelines | fused blocks | serial | LoRA | offload | CUDA graph |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for spec in supported():
         axes = ", ".join(filter(None, spec.axes)) or "-"

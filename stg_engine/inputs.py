@@ -116,8 +116,8 @@ def all_rows(
         def stack(value: Tensor = value, other: Tensor = other) -> Tensor:
             return torch.cat([other if branch == "uncond" else value for branch in names])
 
-        is_kept = memo is not None and name not in spec.latents
-        rows[name] = memo.get((name, names), (value, other), stack) if is_kept else stack()
+        keeper = None if name in spec.latents else memo
+        rows[name] = stack() if keeper is None else keeper.get((name, names), (value, other), stack)
     return rows
 
 

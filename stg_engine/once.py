@@ -45,13 +45,14 @@ class OneKeyAttention(EngineHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         run, context = self.slot.run, kwargs.get("encoder_hidden_states")
-        is_one_key = (
-            context is not None
-            and context.shape[1] == 1
-            and kwargs.get("attention_mask") is None
-            and type(module.processor).__name__ in self.processors
-        )
-        if run is None or run.max_rows is not None or not is_one_key:
+        if (
+            run is None
+            or run.max_rows is not None
+            or context is None
+            or context.shape[1] != 1
+            or kwargs.get("attention_mask") is not None
+            or type(module.processor).__name__ not in self.processors
+        ):
             return self.fn_ref.original_forward(*args, **kwargs)
         entries = entries_of(context, run.rows_in_hand)
         projection, dropout = module.to_out

@@ -1,4 +1,4 @@
-"""CogVideoX 2B, 5B and 1.5 (diffusers `CogVideoXTransformer3DModel`): joint attention, one set of weights, text first."""
+"""CogVideoX 2B, 5B, 1.5 (diffusers `CogVideoXTransformer3DModel`): joint attention, one set of weights, text first."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from stg_engine.models import spec_of
 Inputs = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashable, whatever it holds
 class Case:
     """A tiny model of a family.
 

@@ -152,9 +152,9 @@ def test_nothing_is_kept_of_the_latents(unet, inputs):
 def test_latents_belong_to_the_prompt(unet, inputs):
     shared, cond, uncond = inputs
     with Denoiser(unet, LAST, kernels="off") as denoiser:
-        with pytest.raises(ValueError, match="shared holds 'sample'; it belongs in cond and uncond"):
+        with pytest.raises(ValueError, match=r"shared holds 'sample'; it belongs in cond and uncond"):
             denoiser.branches({**shared, "sample": cond["sample"]}, cond, uncond)
-        with pytest.raises(ValueError, match="cond holds .*; it must hold 'sample'"):
+        with pytest.raises(ValueError, match=r"cond holds .*; it must hold 'sample'"):
             denoiser.branches(shared, {"encoder_hidden_states": cond["encoder_hidden_states"]})
         with pytest.raises(ValueError, match=r"cond\['encoder_hidden_states'\] has 1 rows; sample has 2"):
             denoiser.branches(shared, {**cond, "encoder_hidden_states": torch.randn(1, 1, 8)})

@@ -94,6 +94,4 @@ def skipped(transformer, skip):
             yield
 
 
-CASES = [
-    Case(name, partial(model, name), partial(inputs, name), skipped, bitwise=("residual",)) for name in VARIANTS
-]
+CASES = [Case(name, partial(model, name), partial(inputs, name), skipped, bitwise=("residual",)) for name in VARIANTS]
