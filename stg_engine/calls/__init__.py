@@ -9,6 +9,10 @@ PIPELINES: dict[str, type[Calls]] = {
     "LTXImageToVideoPipeline": Batched,
     "LTXConditionPipeline": Batched,
     "MochiPipeline": Batched,
+    "CogVideoXPipeline": LateScale,
+    "CogVideoXImageToVideoPipeline": LateScale,
+    "CogVideoXVideoToVideoPipeline": LateScale,
+    "CogVideoXFunControlPipeline": LateScale,
 }
 """Subclasses of a pipeline match too."""
 

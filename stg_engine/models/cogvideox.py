@@ -1,11 +1,9 @@
-"""CogVideoX 2B, 5B, 1.5 (diffusers `CogVideoXTransformer3DModel`): joint attention, one set of weights, text first."""
+"""CogVideoX 2B, 5B, 1.5 (diffusers `CogVideoXTransformer3DModel`): joint attention with shared weights, text first."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from stg_engine.models.base import ModelSpec, register
 
@@ -19,6 +17,7 @@ def own_key_attention(attention: nn.Module, arguments: Mapping[str, Any]) -> tup
     The first STGuidance release masks as if the video stood first; here the text does, [text; video]. Text tokens see
     everything. As `CogVideoXAttnProcessor2_0` otherwise. Returns video [R, S, C] and text [R, T, C].
     """
+    import torch
     from diffusers.models.embeddings import apply_rotary_emb
     from stg_kernels import branch_attention
 

@@ -22,21 +22,24 @@ VARIANTS = {
 }
 
 
-def model(variant, dtype, num_layers=4):
+def model(variant, dtype, **changes):
     torch.manual_seed(0)
-    config = {"num_attention_heads": 2, "attention_head_dim": 16, "sample_height": SIDE, **VARIANTS[variant]}
-    transformer = CogVideoXTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=6,
-        text_embed_dim=8,
-        num_layers=num_layers,
-        sample_width=SIDE,
-        sample_frames=(FRAMES - 1) * 4 + 1,
-        max_text_seq_length=TEXT,
-        **config,
-    )
-    return randomise(transformer).to(dtype)
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 4,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 6,
+        "text_embed_dim": 8,
+        "max_text_seq_length": TEXT,
+        "sample_width": SIDE,
+        "sample_height": SIDE,
+        "sample_frames": (FRAMES - 1) * 4 + 1,
+        **VARIANTS[variant],
+        **changes,
+    }
+    return randomise(CogVideoXTransformer3DModel(**config)).to(dtype)
 
 
 def inputs(variant, videos, dtype):
