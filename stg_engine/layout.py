@@ -37,7 +37,7 @@ def select(value: Rows, rows: Sequence[int], total: int) -> Rows:
     if value is None or list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return narrow(value, rows[0], rows[0] + len(rows), total)
     entries = entries_of(value, total)
-    return torch.cat([value[row * entries : (row + 1) * entries] for row in rows])
+    return _behind_each_other([value[row * entries : (row + 1) * entries] for row in rows])
 
 
 def each_row(value: Rows, total: int) -> list[Rows]:
@@ -51,7 +51,17 @@ def join(parts: Sequence[Rows]) -> Rows:
     """Rows behind each other; one part is returned as it is."""
     if len(parts) == 1 or parts[0] is None:
         return parts[0]
-    return tuple(map(join, zip(*parts, strict=True))) if isinstance(parts[0], tuple) else torch.cat(list(parts))
+    return tuple(map(join, zip(*parts, strict=True))) if isinstance(parts[0], tuple) else _behind_each_other(parts)
+
+
+def _behind_each_other(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` that keeps the order in which the parts' dimensions lie in memory: kernels sum by it."""
+    first = parts[0]
+    if first.is_contiguous():
+        return torch.cat(list(parts))
+    order = [0, *sorted(range(1, first.ndim), key=lambda dim: -first.stride(dim))]
+    back = sorted(range(first.ndim), key=order.__getitem__)
+    return torch.cat([part.permute(order) for part in parts]).permute(back)
 
 
 def entries_of(value: Tensor, total: int) -> int:
