@@ -88,6 +88,8 @@ class Run:
         if fused is not None:
             arguments["key_lengths"] = self._lengths(inputs[0].device)
             carriers += ("key_lengths",)
+        if self.spec.select_rows is not None and names != self.names:
+            arguments.update(self.spec.select_rows(arguments, self._numbers(names), self._total))
         for name in carriers:
             if name in arguments:
                 arguments[name] = self._take(arguments[name], names)
@@ -167,6 +169,8 @@ class Run:
             else:
                 chunk = range(start, stop)
                 part = {k: self._select(v, chunk, len(rows)) if k in carriers else v for k, v in arguments.items()}
+                if self.spec.select_rows is not None:
+                    part.update(self.spec.select_rows(arguments, chunk, len(rows)))
             output = forward(**part)
             chunks.append(output if isinstance(output, tuple) else (output,))
         return join(chunks)
@@ -274,8 +278,10 @@ class Run:
     def _take(self, value: Any, names: tuple[str, ...]) -> Any:
         if value is None or names == self.names:
             return value
-        rows = [self.names.index(name) * self.videos + video for name in names for video in range(self.videos)]
-        return self.once(names, value, lambda: self._select(value, rows, self._total))
+        return self.once(names, value, lambda: self._select(value, self._numbers(names), self._total))
+
+    def _numbers(self, names: tuple[str, ...]) -> list[int]:
+        return [self.names.index(name) * self.videos + video for name in names for video in range(self.videos)]
 
     def _select(self, value: Any, rows: Sequence[int], total: int) -> Any:
         """`select`; of a prompt's tensor the same result in every step, so that what follows from it is found again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 AttentionSkip = Callable[["nn.Module", Mapping[str, Any]], Any]
 """(self-attention module, its arguments by name for the rows that skip) -> what the module returns"""
+
+SelectRows = Callable[[Mapping[str, Any], Sequence[int], int], Mapping[str, Any]]
+"""(a block's arguments by name, row numbers, number of rows there) -> those of the arguments that change, by name"""
 
 
 def value_passthrough(attention: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
@@ -40,6 +43,7 @@ class ModelSpec:
     prompt_mask        that of `prompt` which is 1 for tokens and 0 for padding [B, T], or None
     streams            block arguments that the block returns, in the order in which it returns them
     block_rows         further block arguments with rows (a tensor or a tuple of tensors)
+    select_rows        selects rows of block arguments that have them in another form: prompts packed into one sequence
     shared_rows        those of block_rows that are equal in all branches
     prompt_rows        those of block_rows that follow from prompt and weights alone
     between_blocks     None: the forward hands a block's result to the next block and to nothing else that counts rows;
@@ -76,6 +80,7 @@ class ModelSpec:
     scalars: tuple[str, ...] = ()
     several_entries: tuple[str, ...] = ()
     prompt_mask: str | None = None
+    select_rows: SelectRows | None = None
     shared_rows: tuple[str, ...] = ()
     prompt_rows: tuple[str, ...] = ()
     between_blocks: Mapping[str, tuple[int | str, ...]] | None = None
