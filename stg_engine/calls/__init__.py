@@ -13,6 +13,11 @@ PIPELINES: dict[str, type[Calls]] = {
     "CogVideoXImageToVideoPipeline": LateScale,
     "CogVideoXVideoToVideoPipeline": LateScale,
     "CogVideoXFunControlPipeline": LateScale,
+    "WanPipeline": TwoModels,
+    "WanImageToVideoPipeline": TwoModels,
+    "WanVideoToVideoPipeline": TwoModels,
+    "SkyReelsV2Pipeline": TwoModels,
+    "SkyReelsV2ImageToVideoPipeline": TwoModels,
 }
 """Subclasses of a pipeline match too."""
 

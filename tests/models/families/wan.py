@@ -11,22 +11,21 @@ FRAMES, SIZE, CHANNELS = 2, 4, 4
 IMAGE = {"image_dim": 8, "added_kv_proj_dim": 24}
 
 
-def model(dtype, kind=WanTransformer3DModel, num_layers=4, **config):
+def model(dtype, kind=WanTransformer3DModel, num_layers=4, seed=0, **config):
     torch.manual_seed(0)
-    transformer = kind(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=num_layers,
-        rope_max_seq_len=32,
-        **config,
-    )
-    return as_loaded(randomise(transformer), dtype)
+    tiny = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "text_dim": 16,
+        "freq_dim": 32,
+        "ffn_dim": 32,
+        "num_layers": num_layers,
+        "rope_max_seq_len": 32,
+    }
+    return as_loaded(randomise(kind(**{**tiny, **config}), seed), dtype)
 
 
 def as_loaded(transformer, dtype):
