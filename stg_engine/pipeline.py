@@ -170,6 +170,11 @@ class Engine:
             # The loop may run the tail of the scheduler's steps (strength below 1); behind the last stands a zero.
             # Timesteps will not do: some schedulers round them to integers.
             sigmas = sigmas[-count - 1 : -1].tolist()
+            if len(sigmas) < count:
+                raise ValueError(
+                    f"schedule is not allowed in this call: {type(self.pipe).__name__} gives frames noise levels of "
+                    f"their own, in {count} steps for {len(sigmas)} sigmas"
+                )
         steps = [self.config.at(i / count, None if sigmas is None else sigmas[i]) for i in range(count)]
         for step in steps:
             calls.check(step)
