@@ -18,6 +18,9 @@ PIPELINES: dict[str, type[Calls]] = {
     "WanVideoToVideoPipeline": TwoModels,
     "SkyReelsV2Pipeline": TwoModels,
     "SkyReelsV2ImageToVideoPipeline": TwoModels,
+    "SkyReelsV2DiffusionForcingPipeline": TwoModels,
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": TwoModels,
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": TwoModels,
 }
 """Subclasses of a pipeline match too."""
 

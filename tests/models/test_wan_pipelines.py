@@ -5,11 +5,11 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import SkyReelsV2Transformer3DModel, WanPipeline
 from models.case import relative_error
 from models.families import wan
 from models.pipeline_case import passes_apart
-from models.pipelines.wan import CASES, build, embeddings, euler, unipc
+from models.pipelines.wan import CASES, build, embeddings, euler, picture, unipc
 
 import stg_engine
 from stg_engine import ScheduleEntry, Skip, STGConfig, STGSchedule
@@ -241,3 +241,37 @@ def test_a_model_that_is_called_once_more_is_refused():
         pytest.raises(RuntimeError, match="more often than 2 times in a step of the SkyReelsV2Pipeline"),
     ):
         case.latents(pipe, callback_on_step_end=at_step(0, ask))
+
+
+LONG = {"num_frames": 17, "overlap_history": 5}  # three loops
+FORCED = [
+    ("SkyReelsV2DiffusionForcingPipeline", {"ar_step": 1}, {}),
+    (
+        "SkyReelsV2DiffusionForcingPipeline",
+        {"ar_step": 2, "causal_block_size": 2, "num_frames": 13, "base_num_frames": 13},
+        {},
+    ),
+    ("SkyReelsV2DiffusionForcingPipeline", LONG, {}),
+    ("SkyReelsV2DiffusionForcingPipeline", {"fps": 24}, {"inject_sample_info": True}),
+    ("SkyReelsV2DiffusionForcingImageToVideoPipeline", {"last_image": picture(1)}, {}),
+    ("SkyReelsV2DiffusionForcingVideoToVideoPipeline", {"num_frames": 17, "ar_step": 2}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "config"), FORCED, ids=str)
+def test_frames_of_different_noise_levels(name, arguments, config):
+    case = BY_NAME[name]
+    pipe = build(type(case.build()), unipc, kind=SkyReelsV2Transformer3DModel, **config)
+    actual, expected = both_ways(case, pipe=pipe, **arguments)
+    assert actual.shape[2] >= 3
+    assert relative_error(actual, expected) <= FP32_RELATIVE
+
+
+def test_a_schedule_needs_one_noise_level_per_step():
+    case = BY_NAME["SkyReelsV2DiffusionForcingPipeline"]
+    pipe = case.build()
+    config = STGConfig(schedule=STGSchedule((ScheduleEntry(0.0, (1,), 1.5),), "at_or_below"))
+    with stg_engine.attach(pipe, config):
+        assert case.latents(pipe).isfinite().all()
+        with pytest.raises(ValueError, match="5 steps for 3 sigmas"):
+            case.latents(pipe, ar_step=1)

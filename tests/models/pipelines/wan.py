@@ -6,6 +6,9 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    SkyReelsV2DiffusionForcingImageToVideoPipeline,
+    SkyReelsV2DiffusionForcingPipeline,
+    SkyReelsV2DiffusionForcingVideoToVideoPipeline,
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
@@ -66,6 +69,9 @@ TEXT = {**SIZE, "num_frames": 9, "max_sequence_length": 16}
 IMAGE = {**SIZE, "num_frames": 9, "image": picture(0)}
 VIDEO = {**SIZE, "max_sequence_length": 16, "video": [picture(i) for i in range(9)], "strength": 1.0}
 
+FORCED = {"base_num_frames": 9}
+PREFIX = {**TEXT, "video": VIDEO["video"], "overlap_history": 5}
+
 FIRST_FRAME = {"in_channels": 2 * LATENT + 4}  # noise, mask, frame
 IMAGE_TOKENS = {**FIRST_FRAME, **wan.IMAGE, "clip": clip}
 TWO = {"transformers": 2, "options": {"boundary_ratio": 0.9}}
@@ -111,4 +117,7 @@ CASES = [
     case(WanVideoToVideoPipeline, unipc, VIDEO),
     case(SkyReelsV2Pipeline, unipc, TEXT, **SKYREELS),
     case(SkyReelsV2ImageToVideoPipeline, unipc, IMAGE, **SKYREELS, **IMAGE_TOKENS),
+    case(SkyReelsV2DiffusionForcingPipeline, unipc, {**TEXT, **FORCED, "prompt": None}, **SKYREELS),
+    case(SkyReelsV2DiffusionForcingImageToVideoPipeline, unipc, {**IMAGE, **FORCED}, **SKYREELS),
+    case(SkyReelsV2DiffusionForcingVideoToVideoPipeline, unipc, {**PREFIX, **FORCED}, **SKYREELS),
 ]
