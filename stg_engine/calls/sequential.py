@@ -44,22 +44,19 @@ class Sequential(Calls):
             self._unfilled = self._nothing_yet(step, arguments)
             return self._unfilled
         shared, cond = _split(step, arguments)
-        names, (rows, *_) = step.denoiser.predict(step.guidance, shared, cond, None, step.forward)
-        return self.results(step, names, rows)["cond"]
+        return self.results(step, *_predict(step, shared, cond))["cond"]
 
     def answer_uncond(self, step: Step, arguments: dict[str, Any]) -> Tensor:
         """The second call: all branches in one forward."""
         (shared, uncond), (same, cond) = _split(step, arguments), _split(step, self._first)
-        differing = [name for name in shared if shared[name] is not same.get(name)]
+        differing = [name for name, value in shared.items() if not _is_same(value, same.get(name))]
         if self._unfilled is None or differing:
             raise RuntimeError(
                 f"{type(self.pipe).__name__} called its model twice in a step, and not for cond and uncond of the same "
                 f"latents: {', '.join(differing) or 'guidance is off'}"
             )
-        names, (rows, *_) = step.denoiser.predict(
-            step.guidance, shared, cond, uncond if self.reads_uncond(step.guidance) else None, step.forward
-        )
-        results = self.results(step, names, rows)
+        read = uncond if self.reads_uncond(step.guidance) else None
+        results = self.results(step, *_predict(step, shared, cond, read))
         self._unfilled.copy_(results["cond"])
         self._unfilled = None
         return results["uncond"]
@@ -93,7 +90,7 @@ class TrueCFG(Sequential):
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self._calls: int | None = None
-        self._skip_term: Tensor | None = None
+        self._first_answer: tuple[Tensor, Tensor] | None = None
 
     def has_uncond(self) -> bool | None:
         return None if self._calls is None else self._calls == 2
@@ -102,25 +99,49 @@ class TrueCFG(Sequential):
         return None
 
     def answer_cond(self, step: Step, arguments: dict[str, Any]) -> Tensor:
-        if self._calls is None and self._skip_term is not None:
-            self._calls, self._skip_term = 1, None  # a whole step without a second call
+        if self._calls is None and self._first_answer is not None:
+            self._calls, self._first_answer = 1, None  # a whole step without a second call
         if self._calls is not None:
             return super().answer_cond(step, arguments)
         shared, cond = _split(step, arguments)
-        names, (rows, *_) = step.denoiser.predict(step.guidance, shared, cond, None, step.forward)
-        cond_with_term = self.with_skip_term(step.guidance, names, rows)["cond"]
-        self._skip_term = cond_with_term - rows.chunk(len(names))[names.index("cond")]
-        return self.results(step, names, rows)["cond"]
+        names, rows = _predict(step, shared, cond)
+        skip_term = (
+            self.with_skip_term(step.guidance, names, rows)["cond"] - rows.chunk(len(names))[names.index("cond")]
+        )
+        self._first_answer = self.results(step, names, rows)["cond"], skip_term
+        return self._first_answer[0]
 
     def answer_uncond(self, step: Step, arguments: dict[str, Any]) -> Tensor:
-        if self._calls is not None:
+        if self._first_answer is None:
             return super().answer_uncond(step, arguments)
-        assert self._skip_term is not None
+        (answer, skip_term), self._first_answer, self._calls = self._first_answer, None, 2
+        if step.guidance.guidance_scale is not None:  # the schedule's: no CFG in this step
+            return answer
         self._check_scale_is_not_needed(step)
         (uncond,) = step.forward(**arguments, return_dict=False)
-        result = uncond + self._skip_term
-        self._calls, self._skip_term = 2, None
-        return result
+        return uncond + skip_term
+
+
+def _predict(
+    step: Step, shared: dict[str, Any], cond: dict[str, Any], uncond: dict[str, Any] | None = None
+) -> tuple[tuple[str, ...], Tensor]:
+    """The branches' names and rows. A negative prompt of another length than the prompt has a forward of its own."""
+    apart = uncond if uncond is not None and _shapes(uncond) != _shapes(cond) else None
+    together = uncond if apart is None else None
+    names, (rows, *_) = step.denoiser.predict(step.guidance, shared, cond, together, step.forward)
+    if apart is not None:
+        (other,) = step.forward(**shared, **apart, return_dict=False)
+        names, rows = ("uncond", *names), torch.cat([other, rows])
+    return names, rows
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Offloading passes on the tensors that are in their place already, and copies of dicts."""
+    return value is other or (not isinstance(value, Tensor) and bool(value == other))
+
+
+def _shapes(prompt: dict[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in prompt.items()}
 
 
 def _split(step: Step, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
