@@ -21,6 +21,9 @@ PIPELINES: dict[str, type[Calls]] = {
     "SkyReelsV2DiffusionForcingPipeline": TwoModels,
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": TwoModels,
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": TwoModels,
+    "HunyuanVideoPipeline": TrueCFG,
+    "HunyuanVideoImageToVideoPipeline": TrueCFG,
+    "HunyuanSkyreelsImageToVideoPipeline": TrueCFG,
 }
 """Subclasses of a pipeline match too."""
 
