@@ -130,17 +130,18 @@ class Denoiser:
         """Rows per block for one step's guidance."""
         key = (step, uncond)
         if key not in self._plans:
-            self._plans[key] = Plan.build(step, self.num_layers, uncond=uncond, **self._plan_options())
+            options = self.spec.plan_options(is_on=bool(step.weak))
+            self._plans[key] = Plan.build(step, self.num_layers, uncond=uncond, **options)
         return self._plans[key]
 
     def plans(self, guidance_scale: float | None = None, *, uncond: bool = True) -> Plan | Plans:
-        """The config's plan while its skips are on, without `uncond` or with `guidance_scale` <= 1 without that branch;
-        a schedule's plans."""
+        """The config's plan while its skips are on, uncond left out at `guidance_scale` <= 1; a schedule's plans."""
+        options = self.spec.plan_options(is_on=self.config.is_on)
         if self.config.schedule is not None:
             scale = guidance_scale if uncond else 1.0
-            return build_plans(self.config, self.num_layers, guidance_scale=scale, **self._plan_options())
+            return build_plans(self.config, self.num_layers, guidance_scale=scale, **options)
         uncond = uncond and (guidance_scale is None or guidance_scale > 1)
-        return Plan.build(self.config, self.num_layers, uncond=uncond, **self._plan_options())
+        return Plan.build(self.config, self.num_layers, uncond=uncond, **options)
 
     def release(self) -> None:
         """Drop what is kept from step to step: prompt keys and values, caption projection."""
@@ -304,9 +305,6 @@ class Denoiser:
                 f"with {self.num_layers} blocks; pass STGConfig(layers=...)"
             )
         return PRESETS[name].config
-
-    def _plan_options(self) -> dict[str, Any]:
-        return self.spec.plan_options(is_on=self.config.is_on)
 
     def _install(self) -> None:
         spec, slot, root = self.spec, self._slot, self.transformer

@@ -36,7 +36,8 @@ def attach(
 ) -> Engine:
     """Switch Spatiotemporal Skip Guidance on in a diffusers pipeline; call `pipe(...)` as before.
 
-    config     None takes the preset published for the model
+    config     None takes the preset published for the model, and in pipelines with STG of their own (LTX-2) what they
+               are called with
     execution, max_rows, kernels   see `Denoiser`
 
     Negative prompt, guidance_rescale, callbacks and so on are the pipeline's own, and so is the guidance scale unless a
@@ -51,6 +52,7 @@ def attach(
     models = [model for name in calls.models if (model := getattr(pipe, name, None)) is not None]
     with ExitStack() as stack:
         options: dict[str, Any] = {"execution": execution, "max_rows": max_rows, "kernels": kernels}
+        config = calls.own if config is None else config
         denoisers = [stack.enter_context(Denoiser(model, config, **options)) for model in models]
         engine = Engine(pipe, calls, denoisers)
         stack.pop_all()
@@ -122,7 +124,7 @@ class Engine:
     def predict(self, denoiser: Denoiser, forward: Any, arguments: dict[str, Any]) -> Any:
         """A call of a transformer: inside a step, what its branches make of the rows that the pipeline asked for."""
         if self._calls is None:
-            if not any(skip.scale > 0 for skip in self.config.skips):
+            if not self.config.is_on:
                 return forward(**arguments)
             raise RuntimeError(
                 f"the transformer was called outside the denoising loop of the {type(self.pipe).__name__} that "
@@ -130,21 +132,21 @@ class Engine:
             )
         timestep = getattr(self.pipe, "_current_timestep", None)  # the loop makes one object per step
         if timestep is None or timestep is not self._timestep:
-            self._begin_step(timestep)
+            self._begin_step(self._calls, timestep)
         if self._count == self._calls.most:
             raise self._too_many_calls()
         step = Step(self._guidance, self._count, denoiser, forward)
         self._count += 1
-        if step.guidance.is_plain:
+        if step.guidance.is_plain and not self._calls.sees_plain_steps:
             return forward(**arguments)
         if step.call == 0:
             self._calls.check(step.guidance)  # again: a callback may have changed the call's own settings
-            self._report.guided_steps += bool(step.guidance.skips)
+            self._report.guided_steps += bool(step.guidance.weak)
         return self._calls.predict(step, arguments)
 
-    def _begin_step(self, timestep: Any) -> None:
+    def _begin_step(self, calls: Calls, timestep: Any) -> None:
         try:
-            self._guidance = next(self._steps)
+            self._guidance = calls.guidance(next(self._steps), self.config)
         except StopIteration:
             raise self._too_many_calls() from None
         self._timestep, self._count = timestep, 0
@@ -194,7 +196,7 @@ class Engine:
         self._check_hooked()
         device = self.pipe._execution_device
         calls = self._kind(self.pipe)
-        self._report = new_report(self.denoiser, self._plans(calls), device)
+        self._report = new_report(self.denoiser, calls.plans(self.denoiser), device)
         self._steps, self._calls, self._timestep = self._plan_steps(calls), calls, None
         for denoiser in self.denoisers:
             denoiser.differences = {}
@@ -218,12 +220,9 @@ class Engine:
             if value == 0:
                 warnings.warn(f"branch {name!r} equals cond (max |c - p| = 0): this skip changes nothing", stacklevel=3)
 
-    def _plans(self, calls: Calls) -> Plan | Plans:
-        return self.denoiser.plans(uncond=bool(calls.has_uncond()))
-
     def _fill_report(self, calls: Calls) -> None:
         report = self._report
-        report.plan = self._plans(calls)
+        report.plan = calls.plans(self.denoiser)
         ran = [denoiser for denoiser in self.denoisers if denoiser.differences] or [self.denoiser]
         report.kernels = ran[0].fusion.used if report.guided_steps else "none: no guided step"
         report.attention = ran[0].fusion.attention() or report.attention

@@ -9,9 +9,10 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from stg_engine.config import StepGuidance
+from stg_engine.config import StepGuidance, STGConfig
 from stg_engine.denoiser import Denoiser
 from stg_engine.guidance import skip_term
+from stg_engine.plan import Plan, Plans
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,22 @@ class Calls:
     dtype: ClassVar[torch.dtype | None] = torch.float32
     """What goes back to the pipeline: float32 where it takes that, None: the dtype of the model's output."""
 
+    own: ClassVar[STGConfig | None] = None
+    """Stands for config=None: the pipeline has STG of its own. None: config=None is the preset of the model."""
+
+    sees_plain_steps: ClassVar[bool] = False
+    """Whether `predict` gets the calls of steps in which nothing of the setting acts."""
+
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
+
+    def guidance(self, planned: StepGuidance, config: STGConfig) -> StepGuidance:
+        """What the engine runs in the step that begins, for which `config` says `planned`."""
+        return planned
+
+    def plans(self, denoiser: Denoiser) -> Plan | Plans:
+        """Rows per block of this loop's steps."""
+        return denoiser.plans(uncond=bool(self.has_uncond()))
 
     def has_uncond(self) -> bool | None:
         """Whether this step evaluates the negative prompt; None: not known yet."""
