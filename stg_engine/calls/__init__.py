@@ -2,12 +2,16 @@
 
 from stg_engine.calls.base import Calls, Step
 from stg_engine.calls.batched import Batched, LateScale
+from stg_engine.calls.own_passes import OwnPasses
 from stg_engine.calls.sequential import Sequential, TrueCFG, TwoModels
 
 PIPELINES: dict[str, type[Calls]] = {
     "LTXPipeline": Batched,
     "LTXImageToVideoPipeline": Batched,
     "LTXConditionPipeline": Batched,
+    "LTX2Pipeline": OwnPasses,
+    "LTX2ImageToVideoPipeline": OwnPasses,
+    "LTX2ConditionPipeline": OwnPasses,
     "MochiPipeline": Batched,
     "CogVideoXPipeline": LateScale,
     "CogVideoXImageToVideoPipeline": LateScale,
@@ -27,4 +31,4 @@ PIPELINES: dict[str, type[Calls]] = {
 }
 """Subclasses of a pipeline match too."""
 
-__all__ = ["PIPELINES", "Batched", "Calls", "LateScale", "Sequential", "Step", "TrueCFG", "TwoModels"]
+__all__ = ["PIPELINES", "Batched", "Calls", "LateScale", "OwnPasses", "Sequential", "Step", "TrueCFG", "TwoModels"]

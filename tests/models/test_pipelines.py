@@ -87,4 +87,7 @@ def test_every_pipeline_is_tested():
         "LTXPipeline",  # tests/engine/test_pipeline.py
         "LTXImageToVideoPipeline",
         "LTXConditionPipeline",
+        "LTX2Pipeline",  # tests/models/test_ltx2_pipelines.py
+        "LTX2ImageToVideoPipeline",
+        "LTX2ConditionPipeline",
     }
