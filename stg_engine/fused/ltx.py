@@ -9,12 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.activations import GELU
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    dispatch_attention_fn,
-)
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_ltx import (
     LTXAttention,
@@ -22,9 +16,10 @@ from diffusers.models.transformers.transformer_ltx import (
     LTXVideoRotaryPosEmbed,
     LTXVideoTransformerBlock,
 )
-from stg_kernels import branch_attention, norm_modulate, qk_norm_rope, residual_gate, residual_gate_norm_modulate
+from stg_kernels import norm_modulate, qk_norm_rope, residual_gate, residual_gate_norm_modulate
 from torch import Tensor, nn
 
+from stg_engine.fused.parts import attend, feed_forward, project_out
 from stg_engine.hooks import is_plain, runs_own_forward
 from stg_engine.layout import select
 from stg_engine.rows import Run
@@ -95,7 +90,7 @@ def forward(
             eps=attention.norm_q.eps,
             row_map=row_map,
         )
-        return _attend(attention, q, k, v)
+        return project_out(attention, attend(attention.processor, q, k, v))
 
     def cross_attention(hidden_states: Tensor) -> Tensor:
         attention = block.attn2
@@ -108,7 +103,8 @@ def forward(
         if mask is not None:
             mask = attention.prepare_attention_mask(mask, k.shape[1], k.shape[0])
             mask = mask.view(k.shape[0], attention.heads, -1, mask.shape[-1])
-        return _attend(attention, q, k, v, mask, key_lengths if run.is_padded else None)
+        lengths = key_lengths if run.is_padded else None
+        return project_out(attention, attend(attention.processor, q, k, v, mask, lengths))
 
     x = hidden_states
     normed = _norm(block.norm1, x, scale_attn, shift_attn, row_map)
@@ -119,7 +115,7 @@ def forward(
         self_attention,
         arguments,
         carriers=tuple(arguments),
-        values_again=lambda rows: _project_out(block.attn1, select(values[0], rows, len(values[0]))),
+        values_again=lambda rows: project_out(block.attn1, select(values[0], rows, len(values[0]))),
     )
     x = residual_gate(x, attended, gate_attn, row_map=row_map)
     norm = block.norm2
@@ -134,7 +130,7 @@ def forward(
         eps=norm.eps,
         row_map=row_map,
     )
-    return residual_gate(x, _feed_forward(block.ff, normed), gate_ff, row_map=row_map)
+    return residual_gate(x, feed_forward(block.ff, normed), gate_ff, row_map=row_map)
 
 
 def _norm(norm: RMSNorm, x: Tensor, scale: Tensor, shift: Tensor, row_map: Tensor | None) -> Tensor:
@@ -145,62 +141,3 @@ def _pairs(image_rotary_emb: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor,
     """[B, S, C] with every value twice -> float32 [B, S, N, D / 2]."""
     cos, sin = (table[..., ::2].unflatten(-1, (heads, -1)).float().contiguous() for table in image_rotary_emb)
     return cos, sin
-
-
-def _attend(
-    attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, key_lengths: Tensor | None = None
-) -> Tensor:
-    """[R, S, N, D] -> [R, S, C], by the backend that was chosen in diffusers if one was."""
-    processor = attention.processor
-    if (mask is None or key_lengths is not None) and not _chosen_in_diffusers(processor):
-        return _project_out(attention, branch_attention(q, k, v, key_lengths=key_lengths))
-    out = dispatch_attention_fn(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=0.0,
-        is_causal=False,
-        backend=processor._attention_backend,
-        parallel_config=processor._parallel_config,
-    )
-    return _project_out(attention, out.to(q.dtype))
-
-
-def _chosen_in_diffusers(processor: Any) -> bool:
-    return (
-        processor._attention_backend is not None
-        or processor._parallel_config is not None
-        or _AttentionBackendRegistry.get_active_backend()[0] != AttentionBackendName.NATIVE
-    )
-
-
-def _project_out(attention: Any, x: Tensor) -> Tensor:
-    projection, dropout = attention.to_out
-    return dropout(projection(x.flatten(2, 3))).contiguous()
-
-
-def _feed_forward(ff: Any, x: Tensor) -> Tensor:
-    gelu, *rest = ff.net
-    if not (x.is_cuda and _has_epilogue(gelu) and is_plain(ff)):
-        return ff(x).contiguous()
-    projection = gelu.proj
-    # cuBLASLt adds the bias and applies GELU-tanh before the first GEMM's result reaches memory.
-    x = torch._addmm_activation(projection.bias, x.flatten(0, 1), projection.weight.t(), use_gelu=True).unflatten(
-        0, x.shape[:2]
-    )
-    for module in rest:
-        x = module(x)
-    return x.contiguous()
-
-
-def _has_epilogue(gelu: Any) -> bool:
-    return (
-        type(gelu) is GELU
-        and gelu.approximate == "tanh"
-        and type(gelu.proj) is nn.Linear
-        and type(gelu.proj.weight) is nn.Parameter  # a quantised weight is of a type of its own
-        and gelu.proj.bias is not None
-        and is_plain(gelu)
-        and is_plain(gelu.proj)
-    )

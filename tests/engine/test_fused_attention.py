@@ -11,7 +11,7 @@ from stg_kernels.attention import backends, choices, dispatch
 
 import stg_engine
 from stg_engine import Denoiser, STGConfig, denoiser
-from stg_engine.fused import ltx
+from stg_engine.fused import parts
 from stg_engine.inputs import key_lengths
 from stg_engine.plan import Plan
 from stg_engine.rows import Run
@@ -41,7 +41,7 @@ def attention_calls(monkeypatch):
         calls.append(kwargs)
         return stg_kernels.branch_attention(*args, **kwargs)
 
-    monkeypatch.setattr(ltx, "branch_attention", record)
+    monkeypatch.setattr(parts, "branch_attention", record)
     return calls
 
 
