@@ -53,6 +53,7 @@ WAN = register(
             *("attn2.add_k_proj", "attn2.norm_added_k", "attn2.add_v_proj", "attn2.to_added_kv"),
         ),
         per_row={"proj_out": (0,)},
+        fused="wan",
     )
 )
 
