@@ -113,7 +113,7 @@ def forward(
             out = out + read(image, attention.add_k_proj, attention.norm_added_k, attention.add_v_proj)
         return project_out(attention, out)
 
-    x = hidden_states
+    x = hidden_states.contiguous()  # SkyReels-V2 hands on a transposed view
     normed = norm_modulate(x, scale_attn, shift_attn, **_layer_norm(block.norm1), row_map=row_map)
     attended = run.self_attention(
         index,
