@@ -249,7 +249,8 @@ class Denoiser:
         mask = None if self.spec.prompt_mask is None else rows.get(self.spec.prompt_mask)
         if mask is None:
             return {"full": (True,) * len(rows[self.spec.latents[0]])}
-        lengths = self.memo.get("lengths", (mask,), lambda: key_lengths(mask))
+        at_least = 0 if self.spec.is_joint else 1  # beside the prompt there are other keys, or none
+        lengths = self.memo.get("lengths", (mask,), lambda: key_lengths(mask, at_least))
         if not lengths.numel():
             self.fusion.has_masks = True
             return {}

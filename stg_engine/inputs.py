@@ -81,17 +81,17 @@ def split_rows(spec: ModelSpec, arguments: Inputs, copies: int) -> tuple[dict, d
     return shared, cond, uncond if copies == 2 else None
 
 
-def key_lengths(mask: Tensor) -> Tensor:
+def key_lengths(mask: Tensor, at_least: int = 1) -> Tensor:
     """Tokens per row of a mask [R, T] that is 1 for the first ones and 0 for padding, int32 [R] on the CPU.
 
-    Empty if it is another kind of mask, or a row has no token. Waits for the device.
+    Empty if it is another kind of mask, or a row has fewer than `at_least`. Waits for the device.
     """
     if mask.ndim != 2:
         return torch.empty(0, dtype=torch.int32)
     mask = mask.cpu()
     lengths = (mask != 0).sum(1, dtype=torch.int32)
     is_first = torch.arange(mask.shape[1]) < lengths[:, None]
-    return lengths if (mask == is_first).all() and (lengths > 0).all() else lengths[:0]
+    return lengths if (mask == is_first).all() and (lengths >= at_least).all() else lengths[:0]
 
 
 def all_rows(

@@ -101,6 +101,11 @@ class ModelSpec:
         """What an STG `axis` may be: (None,), or ("spatial", "temporal") in factorised models."""
         return ("spatial", "temporal") if self.temporal_blocks else (None,)
 
+    @property
+    def is_joint(self) -> bool:
+        """True if the prompt is one of the streams, so that its tokens are in the self-attention."""
+        return not set(self.prompt).isdisjoint(self.streams)
+
     def block_list(self, transformer: nn.Module) -> list[nn.Module]:
         """The transformer's blocks in execution order: layer by layer, in factorised models spatial before temporal."""
         lists = [modules_at(transformer, paths) for paths in (self.blocks, self.temporal_blocks) if paths]

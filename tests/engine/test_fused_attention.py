@@ -63,6 +63,10 @@ def test_key_lengths(mask, expected):
     assert key_lengths(torch.tensor(mask)).tolist() == expected
 
 
+def test_a_prompt_without_tokens_has_a_length_where_others_keys_stand_beside_it():
+    assert key_lengths(torch.tensor([[1, 1], [0, 0]]), at_least=0).tolist() == [2, 0]
+
+
 def test_lengths_are_exact_beyond_the_dtypes_integers():
     mask = torch.zeros(1, 1024, dtype=torch.bfloat16)
     mask[:, :513] = 1
@@ -132,7 +136,7 @@ def test_padding_is_not_read():
 
 def test_lengths_are_read_once_per_prompt(monkeypatch):
     count = []
-    monkeypatch.setattr(denoiser, "key_lengths", lambda mask: count.append(1) or key_lengths(mask))
+    monkeypatch.setattr(denoiser, "key_lengths", lambda *mask: count.append(1) or key_lengths(*mask))
     inputs = tiny_inputs(1)
     with Denoiser(tiny_transformer(), CONFIG) as engine:
         for _ in range(3):
