@@ -127,6 +127,11 @@ class Run:
         """int64 [R]: the video of each row that the block in hand has; None if there is but one."""
         return None if self.videos == 1 else _index(tuple(video for _, video in self._current), device)
 
+    def skipping_attention(self, index: int) -> list[int]:
+        """Those of the rows in hand that skip the self-attention of block `index`."""
+        names = self.plan.skipping_attention(index)
+        return [i for i, (name, _) in enumerate(self._current) if name in names]
+
     def _one_per_video(self, value: Any) -> Any:
         return self.once("videos", value, lambda: narrow(value, 0, self.videos, self._total))
 
@@ -191,11 +196,10 @@ class Run:
                       has the input, so the V, of the branch that it forks from
         """
         twins = self.plan.shared_attention(index)
-        skipping = self.plan.skipping_attention(index)
-        if not twins and not skipping:
+        skipped = self.skipping_attention(index)
+        if not twins and not skipped:
             return forward(**arguments)
         owners = [(twins.get(name, name), video) for name, video in self._current]
-        skipped = [i for i, (name, _) in enumerate(self._current) if name in skipping]
         first = {owner: i for i, owner in reversed(list(enumerate(owners))) if i not in skipped}
         attended = {row: result for (at, row), result in self._attended.items() if at == id(module)}
         missing = sorted(i for owner, i in first.items() if owner not in attended)
