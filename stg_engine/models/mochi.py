@@ -65,6 +65,7 @@ MOCHI = register(
         blocks=("transformer_blocks.*",),
         latents=("hidden_states", "timestep"),
         prompt=("encoder_hidden_states", "encoder_attention_mask"),
+        prompt_mask="encoder_attention_mask",
         streams=("hidden_states", "encoder_hidden_states"),
         block_rows=("temb", "encoder_attention_mask"),
         self_attention=("attn1",),
@@ -73,6 +74,7 @@ MOCHI = register(
         prompt_block=-1,
         once_per_step={"patch_embed": (0,)},
         per_row={"time_embed": (0, 1, 2), "norm_out": (0, 1), "proj_out": (0,)},
+        fused="mochi",
         presets={48: "mochi"},
     )
 )
