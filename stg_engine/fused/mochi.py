@@ -90,13 +90,13 @@ def forward(
             block, hidden_states, encoder_hidden_states, temb, encoder_attention_mask, image_rotary_emb
         )
     x, text = hidden_states.contiguous(), encoder_hidden_states.contiguous()
-    normed, *gates = _first_norm(block.norm1, x, temb)
+    normed, gates = _first_norm(block.norm1, x, temb)
     if block.context_pre_only:
         norm = block.norm1_context
         scale = norm.linear_1(norm.silu(temb).to(text.dtype))[:, None]
         normed_text = norm_modulate(text, scale, eps=norm.norm.norm.eps)
     else:
-        normed_text, *text_gates = _first_norm(block.norm1_context, text, temb)
+        normed_text, text_gates = _first_norm(block.norm1_context, text, temb)
 
     lengths = key_lengths if run.is_padded else None
     rope = run.once("rope", image_rotary_emb, lambda: _tables(image_rotary_emb))
@@ -104,20 +104,20 @@ def forward(
     out = _joint_attention(run, index, attention, normed, normed_text, rope, lengths)
     projection, dropout = attention.to_out
     attended = dropout(projection(out[:, :size]))
-    x = _gated(x, attended, *gates, block.norm2, block.norm3, block.ff, block.norm4)
+    x = _gated(x, attended, gates, block.norm2, block.norm3, block.ff, block.norm4)
     if not block.context_pre_only:
         attended = out[:, size:]
         if lengths is not None:
             attended = torch.where(encoder_attention_mask.bool()[..., None], attended, 0)
         norms_and_ff = block.norm2_context, block.norm3_context, block.ff_context, block.norm4_context
-        text = _gated(text, attention.to_add_out(attended), *text_gates, *norms_and_ff)
+        text = _gated(text, attention.to_add_out(attended), text_gates, *norms_and_ff)
     return x, text
 
 
-def _first_norm(norm: Any, x: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _first_norm(norm: Any, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
     """RMS(x) (1 + scale), and gate, scale of the feed-forward, gate of the feed-forward, each [R, 1, C]."""
-    scale, gate_attn, scale_ff, gate_ff = norm.linear(norm.silu(temb))[:, None].chunk(4, dim=-1)
-    return norm_modulate(x, scale, eps=norm.norm.eps), gate_attn, scale_ff, gate_ff
+    scale, *gates = norm.linear(norm.silu(temb))[:, None].chunk(4, dim=-1)
+    return norm_modulate(x, scale, eps=norm.norm.eps), gates
 
 
 def _tables(image_rotary_emb: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -136,14 +136,14 @@ def _joint_attention(
     key_lengths: Tensor | None,
 ) -> Tensor:
     """Attention over [video; text] before the projections, [R, S + T, C]; rows that skip it have their own keys."""
-    video_qkv = _heads(attention.heads, x, attention.to_q, attention.to_k, attention.to_v)
-    text_qkv = _heads(attention.heads, text, attention.add_q_proj, attention.add_k_proj, attention.add_v_proj)
-    cos, sin = rope
-    video_qk = _qk_norm_rope(*video_qkv[:2], attention.norm_q, attention.norm_k, cos=cos, sin=sin)
-    text_qk = _qk_norm_rope(*text_qkv[:2], attention.norm_added_q, attention.norm_added_k)
-    q, k, v = (
-        torch.cat(parts, dim=1) for parts in zip((*video_qk, video_qkv[2]), (*text_qk, text_qkv[2]), strict=True)
+    video_q, video_k, video_v = _heads(attention.heads, x, attention.to_q, attention.to_k, attention.to_v)
+    text_q, text_k, text_v = _heads(
+        attention.heads, text, attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
     )
+    cos, sin = rope
+    video_q, video_k = _qk_norm_rope(video_q, video_k, attention.norm_q, attention.norm_k, cos=cos, sin=sin)
+    text_q, text_k = _qk_norm_rope(text_q, text_k, attention.norm_added_q, attention.norm_added_k)
+    q, k, v = (torch.cat(parts, dim=1) for parts in ((video_q, text_q), (video_k, text_k), (video_v, text_v)))
     size, skipping = x.shape[1], run.skipping_attention(index)
     return branch_attention(
         q,
@@ -164,18 +164,9 @@ def _qk_norm_rope(q: Tensor, k: Tensor, q_norm: Any, k_norm: Any, **tables: Tens
     return qk_norm_rope(q, k, **weights, **tables, eps=q_norm.eps, per_head=True)
 
 
-def _gated(
-    x: Tensor,
-    attended: Tensor,
-    gate_attn: Tensor,
-    scale_ff: Tensor,
-    gate_ff: Tensor,
-    norm2: Any,
-    norm3: Any,
-    ff: Any,
-    norm4: Any,
-) -> Tensor:
+def _gated(x: Tensor, attended: Tensor, gates: list[Tensor], norm2: Any, norm3: Any, ff: Any, norm4: Any) -> Tensor:
     """h = x + RMS(attended) tanh(gate_attn), then h + RMS(ff(RMS(h) (1 + scale_ff))) tanh(gate_ff)."""
+    gate_attn, scale_ff, gate_ff = gates
     attended = norm_modulate(attended, eps=norm2.norm.eps)
     x, normed = residual_gate_norm_modulate(x, attended, gate_attn.tanh(), scale_ff, eps=norm3.norm.eps)
     return residual_gate(x, norm_modulate(ff(normed), eps=norm4.norm.eps), gate_ff.tanh())
