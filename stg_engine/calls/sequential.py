@@ -15,7 +15,7 @@ from stg_engine.calls.base import Calls, Step, output_like
 
 
 class Sequential(Calls):
-    """SkyReels-V2, ..."""
+    """One model whose guidance scale the pipeline reads anew in each step."""
 
     most = 2
 
@@ -69,7 +69,7 @@ class Sequential(Calls):
 
 
 class TwoModels(Sequential):
-    """Wan: up to two transformers, each with a guidance scale, which the call reads once."""
+    """Wan, SkyReels-V2: up to two transformers, each with a guidance scale, which the call reads once."""
 
     models = ("transformer", "transformer_2")
 
