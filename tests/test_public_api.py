@@ -64,6 +64,18 @@ def test_readme_snippet_runs(source, namespace):
     exec(compile(source, str(README), "exec"), namespace)
 
 
+def test_how_to_add_a_family_runs_as_written(monkeypatch):
+    from stg_engine.models import base
+
+    monkeypatch.setattr(base, "_SPECS", dict(base._SPECS))  # the page registers a family
+    page = (README.parent / "docs/adding_a_family.md").read_text()
+    sources = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    namespace = {"__name__": "my_model"}
+    for source in sources:
+        exec(compile(source, "adding_a_family.md", "exec"), namespace)
+    assert len(sources) == 4
+
+
 @pytest.mark.parametrize("name", stg_engine.__all__)
 def test_public_name_is_documented(name):
     value = getattr(stg_engine, name)
