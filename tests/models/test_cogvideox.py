@@ -69,24 +69,35 @@ def test_rescale_needs_the_guidance_scale_which_the_pipelines_set_behind_the_cal
 
 
 @torch.no_grad()
-def test_modules_outside_the_blocks_run_once_for_what_is_equal():
-    transformer, videos = model("CogVideoX-2B", torch.float32), 2
+@pytest.mark.parametrize("execution", ["batched", "serial"])
+def test_modules_outside_the_blocks_run_once_for_what_is_equal(execution):
+    transformer, videos, steps, rows = model("CogVideoX-2B", torch.float32), 2, 2, 4 * 2  # 4 branches
     shared, cond, uncond = inputs("CogVideoX-2B", videos, torch.float32)
-    rows = {}
-    embed = transformer.patch_embed
-    watched = {"time": transformer.time_embedding, "patches": embed.proj, "text": embed.text_proj}
-    with Denoiser(transformer, CONFIG, kernels="off") as denoiser:
-        for name, module in watched.items():
-            below = hook_of(module).fn_ref
+    expected = {
+        "time_embedding": (1, videos * steps),  # entries of a row, rows
+        "patch_embed.proj": (FRAMES, videos * steps),
+        "patch_embed.text_proj": (1, rows),
+        "norm_final": (1, rows * steps),
+        "norm_out": (1, rows * steps),
+        "proj_out": (1, rows * steps),
+    }
+    seen = {name: [] for name in expected}
+    with Denoiser(transformer, CONFIG, execution=execution, kernels="off") as denoiser:
+        assert denoiser.plans().forks["uncond"].block == -1
+        for name, sizes in seen.items():
+            below = hook_of(transformer.get_submodule(name)).fn_ref
 
-            def spy(*args, name=name, inner=below.original_forward):
-                rows.setdefault(name, []).append(len(args[0]))
-                return inner(*args)
+            def spy(*args, sizes=sizes, inner=below.original_forward, **kwargs):
+                sizes.append(len(args[0]))
+                return inner(*args, **kwargs)
 
             below.original_forward = spy
-        for _ in range(2):
+        for _ in range(steps):
             denoiser.branches(shared, cond, uncond)
-    assert rows == {"time": [videos] * 2, "patches": [videos * FRAMES] * 2, "text": [4 * videos]}
+    for name, (entries, count) in expected.items():
+        assert sum(seen[name]) == entries * count, name
+        if execution == "serial":
+            assert set(seen[name]) == {entries}, name
 
 
 @torch.no_grad()
