@@ -1,13 +1,12 @@
 """Model families. Importing this package registers the built-in ones."""
 
-from stg_engine.models import cogvideox, hunyuan_video, hunyuan_video_1_5, latte, ltx, ltx2, mochi, svd, wan
+from stg_engine.models import cogvideox, hunyuan_video, latte, ltx, ltx2, mochi, svd, wan
 from stg_engine.models.base import ModelSpec, modules_at, register, spec_of, supported
 
 __all__ = [
     "ModelSpec",
     "cogvideox",
     "hunyuan_video",
-    "hunyuan_video_1_5",
     "latte",
     "ltx",
     "ltx2",

@@ -1,15 +1,17 @@
-"""HunyuanVideo (diffusers `HunyuanVideoTransformer3DModel`): dual-stream blocks, then single-stream ones.
+"""HunyuanVideo (`HunyuanVideoTransformer3DModel`) and HunyuanVideo-1.5 (`HunyuanVideo15Transformer3DModel`).
 
-Layers are numbered over both lists in execution order. Text-to-video with or without embedded guidance, and the
-image-to-video variants `latent_concat` and `token_replace`.
+HunyuanVideo has dual-stream blocks, then single-stream ones; layers are numbered over both lists in execution order.
+With or without embedded guidance, and the image-to-video variants `latent_concat` and `token_replace`.
+
+HunyuanVideo-1.5 has dual-stream blocks alone. Its forward puts the valid tokens of image, ByT5 and Qwen first: a row's
+keys are a prefix. Whether there is an image at all it decides for the whole batch, from `image_embeds`: all videos have
+one, or none has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from stg_engine.models.base import ModelSpec, register
 
@@ -24,6 +26,7 @@ def own_key_attention(attention: nn.Module, arguments: Mapping[str, Any]) -> tup
     it, and nothing reads what it gets here. Returns video [R, S, C] and text [R, T, C]. Single-stream blocks have no
     weights of their own for text, and their output projections outside the attention.
     """
+    import torch
     from diffusers.models.embeddings import apply_rotary_emb
     from stg_kernels import branch_attention
 
@@ -74,5 +77,30 @@ HUNYUAN_VIDEO = register(
             "norm_out": (0, 1),
             "proj_out": (0,),
         },
+    )
+)
+
+HUNYUAN_VIDEO_1_5 = register(
+    ModelSpec(
+        family="HunyuanVideo-1.5",
+        transformer="HunyuanVideo15Transformer3DModel",
+        blocks=("transformer_blocks.*",),
+        latents=("hidden_states", "timestep", "timestep_r", "image_embeds"),
+        prompt=(
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "encoder_hidden_states_2",
+            "encoder_attention_mask_2",
+        ),
+        streams=("hidden_states", "encoder_hidden_states"),
+        block_rows=("temb", "attention_mask"),
+        shared_rows=("temb",),
+        self_attention=("attn",),
+        attention_rows=("hidden_states", "encoder_hidden_states", "attention_mask"),
+        attention_skip=own_key_attention,
+        prompt_block=-1,
+        once_per_step={"x_embedder": (0,), "time_embed": (0, "timestep_r"), "image_embedder": (0,)},
+        once_per_prompt=("context_embedder_2",),
+        per_row={"context_embedder": (0, 1, 2), "norm_out": (0, 1), "proj_out": (0,)},
     )
 )
