@@ -207,7 +207,7 @@ class Denoiser:
         step: StepGuidance,
         names: tuple[str, ...],
         rows: Tensor,
-        guidance_scale: float,
+        guidance_scale: float | Tensor,
         rescale: float = 0.0,
         dtype: torch.dtype | None = None,
     ) -> Tensor:

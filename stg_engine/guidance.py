@@ -17,7 +17,7 @@ def combine(
     uncond: Tensor | None,
     skips: Sequence[tuple[Tensor, float]],
     *,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
     rescale: float = 0.0,
     cfg_star: bool = False,
     rescale_over: str = "sample",

@@ -50,7 +50,8 @@ class PipelineCase:
         call = {**self.call, **({} if guided else self.plain or {}), **self.prompts(videos)}
         call["generator"] = [torch.Generator().manual_seed(i) for i in range(videos)]
         call["output_type"] = "latent"
-        return pipe(**{**call, **arguments}, return_dict=False)[0]
+        output = pipe(**{**call, **arguments}, return_dict=False)
+        return output[0] if isinstance(output, tuple) else output
 
 
 def pipeline_cases() -> list[PipelineCase]:
