@@ -1,7 +1,7 @@
 """How diffusers pipelines call their model in a denoising step, by class name of the pipeline."""
 
 from stg_engine.calls.base import Calls, Step
-from stg_engine.calls.batched import Batched, LateScale
+from stg_engine.calls.batched import Batched, LateScale, PerFrame, SameDtype
 from stg_engine.calls.own_passes import OwnPasses
 from stg_engine.calls.sequential import Sequential, TrueCFG, TwoModels
 
@@ -28,7 +28,21 @@ PIPELINES: dict[str, type[Calls]] = {
     "HunyuanVideoPipeline": TrueCFG,
     "HunyuanVideoImageToVideoPipeline": TrueCFG,
     "HunyuanSkyreelsImageToVideoPipeline": TrueCFG,
+    "LattePipeline": SameDtype,
+    "StableVideoDiffusionPipeline": PerFrame,
 }
 """Subclasses of a pipeline match too."""
 
-__all__ = ["PIPELINES", "Batched", "Calls", "LateScale", "OwnPasses", "Sequential", "Step", "TrueCFG", "TwoModels"]
+__all__ = [
+    "PIPELINES",
+    "Batched",
+    "Calls",
+    "LateScale",
+    "OwnPasses",
+    "PerFrame",
+    "SameDtype",
+    "Sequential",
+    "Step",
+    "TrueCFG",
+    "TwoModels",
+]

@@ -36,3 +36,25 @@ class LateScale(Batched):
 
     def guidance_scale(self, model: Any) -> float | Tensor | None:
         return None
+
+
+class SameDtype(Batched):
+    """Latte: its scheduler gives latents the dtype of the prediction, and the transformer takes no other than its own.
+
+    The rows that go back are rounded to that; `r + g (r - r) = r` holds as it does in float32.
+    """
+
+    dtype = None
+
+
+class PerFrame(SameDtype):
+    """Stable Video Diffusion: a guidance scale per frame, [B, F, 1, 1, 1], fixed for the loop."""
+
+    models = ("unet",)
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self._has_uncond = bool(pipe.do_classifier_free_guidance)  # asks the device, if it is asked there
+
+    def has_uncond(self) -> bool:
+        return self._has_uncond

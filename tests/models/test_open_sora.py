@@ -63,7 +63,7 @@ def test_texts_stay_with_their_rows(max_rows):
         denoiser.branches(*stdit.inputs(2, torch.float32))
     assert all(rows == len(lengths) and sum(lengths) == size for rows, lengths, size in seen)
     uncond, cond = [2, 4], [3, 5]
-    assert sum((lengths for _, lengths, _ in seen), []) == [*uncond, *cond] * 3 + [*uncond, *cond, *cond]
+    assert [length for _, lengths, _ in seen for length in lengths] == [*uncond, *cond] * 3 + [*uncond, *cond, *cond]
 
 
 def test_blocks_are_found_without_a_config():

@@ -7,16 +7,16 @@ from diffusers import LatteTransformer3DModel
 from models.case import Case, block_inputs_returned, randomise, replaced_forwards
 
 
-def model(dtype, num_layers=4):
+def model(dtype, caption_channels=8):
     torch.manual_seed(0)
     return randomise(
         LatteTransformer3DModel(
             sample_size=8,
-            num_layers=num_layers,
+            num_layers=4,
             patch_size=2,
             num_attention_heads=2,
             attention_head_dim=4,
-            caption_channels=8,
+            caption_channels=caption_channels,
             in_channels=4,
             out_channels=8,
             cross_attention_dim=8,
