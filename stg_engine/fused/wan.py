@@ -1,7 +1,7 @@
-"""The block of Wan and SkyReels-V2: between GEMMs and attentions one op each, GEMMs called as the modules that they are.
+"""Wan's and SkyReels-V2's block: between GEMMs and attentions one op each, GEMMs called as the modules that they are.
 
-Norms, modulation and gates are float32 and rounded once, as in the modules; q and k once behind norm and RoPE, where the
-modules round twice. The modulation is read from one copy per video.
+Norms, modulation and gates are float32 and rounded once, as in the modules; q and k are rounded once behind norm and
+RoPE, where the modules round behind each. The modulation is read from one copy per video.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ CLASSES: dict[type, tuple[type, type, type]] = {
 def supports(transformer: Any, block: Any, dtype: torch.dtype) -> bool:
     """True if nothing that the fused forward bypasses or assumes was changed: classes, processors, hooks, forwards.
 
-    Weights of the LayerNorms may be in the latents' `dtype` or in float32, where loading leaves them; those of the norms
-    of q and k must have `dtype`: with another the modules return another dtype than the ops.
+    Weights of LayerNorms may have the latents' `dtype` or be in float32, where loading leaves them; those of the norms
+    of queries and keys must have `dtype`: with another the modules return another dtype than the ops.
     """
     if type(block) not in CLASSES or not runs_own_forward(block):
         return False
@@ -46,6 +46,7 @@ def supports(transformer: Any, block: Any, dtype: torch.dtype) -> bool:
     attentions = (block.attn1, block.attn2)
     layer_norms = [block.norm1, block.norm3, *([block.norm2] if _has_norm2(block) else [])]
     rms_norms = (block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q)
+    key_norms = [norm for norm in block.attn2.children() if isinstance(norm, nn.RMSNorm)]  # called as modules
     return (
         all(map(is_plain, (transformer.rope, block.norm2, *layer_norms, *attentions, *rms_norms)))
         and type(transformer.rope) is rope_class
@@ -57,7 +58,7 @@ def supports(transformer: Any, block: Any, dtype: torch.dtype) -> bool:
         and all(attention.processor._parallel_config is None for attention in attentions)
         and not any(attention.fused_projections for attention in attentions)
         and all(weight.dtype in (dtype, torch.float32) for norm in layer_norms for weight in norm.parameters())
-        and all(weight.dtype is dtype for norm in rms_norms for weight in norm.parameters())
+        and all(weight.dtype is dtype for norm in (*rms_norms, *key_norms) for weight in norm.parameters())
     )
 
 
