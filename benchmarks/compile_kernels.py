@@ -2,7 +2,7 @@
 
 `python -m benchmarks.compile_kernels resources.csv` writes registers, stack, shared memory and access widths of
 each; a stack above 0 is a spill. Launchers run on tensors without memory and are overheard, so that what is compiled is
-what is launched; those of LTX-Video's block by the block's fused forward itself.
+what is launched; those of a fused block by its forward itself.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import stg_kernels
 import torch
 import triton
-from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from stg_kernels import DTYPES
 from stg_kernels.attention import fused as attention
 from stg_kernels.attention.parts import Part
@@ -34,8 +31,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from benchmarks.blocks import has_fused_block, run_fused_block
 from benchmarks.shapes import SHAPES, Shape
-from stg_engine.fused import ltx
 
 TARGETS = (80, 90, 100)
 TYPES = {
@@ -99,30 +96,6 @@ def overheard(form: str, call: Callable[[], object]) -> list[Launch]:
     return launches
 
 
-def ltx_block(shape: Shape, dtype: torch.dtype, row_map: Tensor | None) -> None:
-    """The fused forward of a block, two rows, every op as Triton."""
-    with torch.device("meta"), torch.no_grad():
-        c = shape.channels
-        block = LTXVideoTransformerBlock(c, shape.heads, shape.head_size, cross_attention_dim=c).to(dtype)
-        run = SimpleNamespace(
-            videos_of_rows=lambda device: row_map,
-            is_padded=False,
-            once=lambda name, source, compute: compute(),
-            self_attention=lambda index, module, forward, arguments, **_: forward(**arguments),
-        )
-        ops = ("norm_modulate", "qk_norm_rope", "residual_gate", "residual_gate_norm_modulate")
-        with mock.patch.multiple(ltx, **{name: partial(getattr(stg_kernels, name), impl="fused") for name in ops}):
-            ltx.forward(
-                run,
-                0,
-                block,
-                hidden_states=torch.empty(2, 16, c, dtype=dtype),
-                encoder_hidden_states=torch.empty(2, 8, c, dtype=dtype),
-                temb=torch.empty(2, 1, 6 * c, dtype=dtype),
-                image_rotary_emb=(torch.empty(2, 16, c), torch.empty(2, 16, c)),
-            )
-
-
 def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
     """All ops as this model launches them."""
     form = f"{shape.model.split(',')[0]}, {str(dtype).removeprefix('torch.')}"
@@ -133,10 +106,10 @@ def launches_of(shape: Shape, dtype: torch.dtype) -> Iterator[Launch]:
     c = shape.channels
     x, vector, weight = new(2, 16, c), new(2, 1, c), new(c)
     row_map = new(2, kind=torch.int64)
-    if shape.model.startswith("LTX"):
+    if has_fused_block(shape):
         for videos in (row_map, None):
             words = "block of several videos" if videos is not None else "block"
-            yield from overheard(f"{form}, {words}", partial(ltx_block, shape, dtype, videos))
+            yield from overheard(f"{form}, {words}", partial(run_fused_block, shape, dtype, videos))
     norm, residual = MODULES["norm_modulate"], MODULES["residual_gate"]
     for words, options in (
         ("modulated", {"scale": vector, "shift": vector, "row_map": row_map}),

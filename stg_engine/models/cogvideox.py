@@ -54,5 +54,6 @@ COGVIDEOX = register(
         once_per_step={"time_embedding": (0,), "patch_embed.proj": (0,)},
         once_per_prompt=("patch_embed.text_proj",),
         per_row={"norm_final": (0,), "norm_out": (0, "temb"), "proj_out": (0,)},
+        fused="cogvideox",
     )
 )
