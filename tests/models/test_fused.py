@@ -162,28 +162,29 @@ def test_an_adapter_on_every_linear(case, before):
     assert_near(actual, case.passes(model, config.skips, *inputs))
 
 
-def halved(value):
-    return tuple(map(halved, value)) if isinstance(value, tuple) else 0.5 * value
+def changed(value):
+    """Not by a factor, which a norm behind would take out again."""
+    return tuple(map(changed, value)) if isinstance(value, tuple) else value.abs()
 
 
-def halve_by_hook(module):
-    module.register_forward_hook(lambda module, args, output: halved(output))
+def change_by_hook(module):
+    module.register_forward_hook(lambda module, args, output: changed(output))
 
 
-def halve_by_forward(module):
+def change_by_forward(module):
     forward = module.forward
-    module.forward = lambda *args, **kwargs: halved(forward(*args, **kwargs))
+    module.forward = lambda *args, **kwargs: changed(forward(*args, **kwargs))
 
 
-def halve_by_class(module):
+def change_by_class(module):
     kind = type(module)
-    members = {"forward": lambda *args, **kwargs: halved(kind.forward(*args, **kwargs))}
+    members = {"forward": lambda *args, **kwargs: changed(kind.forward(*args, **kwargs))}
     module.__class__ = type("Other", (kind,), members)
 
 
-def halve_by_processor(module):
+def change_by_processor(module):
     kind = type(module.processor)
-    members = {"__call__": lambda *args, **kwargs: halved(kind.__call__(*args, **kwargs))}
+    members = {"__call__": lambda *args, **kwargs: changed(kind.__call__(*args, **kwargs))}
     module.processor.__class__ = type("Other", (kind,), members)
 
 
@@ -192,10 +193,10 @@ def raise_eps(module):
 
 
 CHANGES = {
-    halve_by_hook: lambda module: True,
-    halve_by_forward: lambda module: True,
-    halve_by_class: lambda module: True,
-    halve_by_processor: lambda module: hasattr(module, "processor"),
+    change_by_hook: lambda module: True,
+    change_by_forward: lambda module: True,
+    change_by_class: lambda module: True,
+    change_by_processor: lambda module: hasattr(module, "processor"),
     raise_eps: lambda module: getattr(module, "eps", None) is not None,
 }
 """What is done to a module, and to which."""
