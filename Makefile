@@ -31,6 +31,7 @@ readme: $(VENV)/.test
 	$(BIN)/python -m benchmarks.readme
 
 peers: checkout $(VENV)/.peers
+	$(BIN)/python tests/peers/community.py "$(DIFFUSERS)"
 	$(BIN)/python tests/peers/run.py "$(DIFFUSERS)" $(ARGS)
 
 checkout:
