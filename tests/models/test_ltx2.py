@@ -179,3 +179,47 @@ def test_several_branches_in_chunks():
             assert set(branches) == set(expected)
             for name, tensor in branches.items():
                 assert relative_error(tensor, expected[name][i]) <= FP32_RELATIVE, name
+
+
+@pytest.mark.parametrize("case", ltx2.CASES, ids=str)
+def test_serial_gives_no_layer_more_than_one_row(case, monkeypatch):
+    """Sums of other sizes are other sums, though not on every machine: linear layers see the shapes of passes alone."""
+    model, config, seen = case.model(torch.float32), config_of((2,)), set()
+    shared, cond, uncond = case.inputs(2, torch.float32)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    inner = torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        seen.add((names[id(weight)], x.shape))
+        return inner(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    passes_of(case.name, model, 2, shared, cond, uncond, config)
+    alone = set(seen)
+    with Denoiser(model, config, execution="serial", kernels="off") as denoiser:
+        denoiser.branches(shared, cond, uncond)
+    assert len(alone) > 100
+    assert seen == alone
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_all_branches_share_runs_once_per_step(variant):
+    model = ltx2.model(variant, torch.float32)
+    shared, cond, uncond = ltx2.inputs(variant, 2, torch.float32)
+    rows = {}
+    ropes = ("rope", "audio_rope", "cross_attn_rope", "cross_attn_audio_rope")
+    gates = ("video_scale_shift", "video_a2v_gate", "audio_scale_shift", "audio_v2a_gate")
+    times = ["time_embed", "audio_time_embed", *(f"av_cross_attn_{name}" for name in gates)]
+    times += ["prompt_adaln", "audio_prompt_adaln"] if variant == "LTX-2.3" else []
+    with Denoiser(model, config_of(), kernels="off") as denoiser:
+        for name in ("proj_in", "audio_proj_in", *ropes, *times):
+            below = hook_of(getattr(model, name)).fn_ref
+
+            def spy(x, *args, name=name, inner=below.original_forward, **arguments):
+                rows[name] = len(x)
+                return inner(x, *args, **arguments)
+
+            below.original_forward = spy
+        denoiser.branches(shared, cond, uncond)
+    assert set(rows.values()) == {2}
+    assert len(rows) == 6 + len(times)
