@@ -48,15 +48,14 @@ SVD = register(
         block_rows=("encoder_hidden_states",),
         between_blocks={
             **{path: rows for inner, rows in _BETWEEN.items() for path in _in_unet(inner)},
-            **dict.fromkeys(("conv_in", "conv_norm_out", "conv_act", "conv_out"), (0,)),
+            **dict.fromkeys(("conv_in", "conv_norm_out", "conv_out"), (0,)),
         },
         self_attention=("attn1",),
         attention_rows=("hidden_states",),
         attention_skip=value_passthrough,
         prompt_block=-1,
         once_per_step=dict.fromkeys(
-            ("time_proj", "time_embedding", "add_time_proj", "add_embedding", *_in_unet("attentions.*.time_pos_embed")),
-            (0,),
+            ("time_embedding", "add_embedding", *_in_unet("attentions.*.time_pos_embed")), (0,)
         ),
         one_key_attention=("attn2",),
     )

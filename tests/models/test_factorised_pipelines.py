@@ -81,3 +81,28 @@ def test_latte_without_temporal_attention():
         assert not torch.equal(LATTE.latents(pipe, enable_temporal_attentions=False), plain)
     with stg_engine.attach(pipe, STGConfig(layers=(1,), axis="temporal")):
         assert relative_error(LATTE.latents(pipe, enable_temporal_attentions=False), plain) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "path"),
+    [
+        (LATTE, "transformer_blocks.0.attn2.to_k"),
+        (SVD, "mid_block.attentions.0.temporal_transformer_blocks.0.attn2.to_v"),
+    ],
+    ids=str,
+)
+def test_prompt_is_projected_once_per_call(case, path):
+    pipe = case.build()
+    module, calls = getattr(pipe, case.models[0]).get_submodule(path), []
+
+    def counted(*args, inner=module.forward):
+        calls.append(args)
+        return inner(*args)
+
+    module.forward = counted
+    with stg_engine.attach(pipe, BOTH) as engine:
+        case.latents(pipe)
+        assert engine.report().guided_steps == 3
+        assert len(calls) == 1
+        case.latents(pipe)
+        assert len(calls) == 2

@@ -69,7 +69,7 @@ def test_resnets_run_on_the_rows_that_differ(unet, inputs):
         ("up_blocks.0.upsamplers.0", 2),
         ("up_blocks.1.attentions.0.proj_in", 2),
         ("up_blocks.1.attentions.0.proj_out", 3),
-        ("up_blocks.1.attentions.1.norm", 3),
+        ("up_blocks.1.attentions.0.norm", 2),
         ("up_blocks.1.attentions.1.time_pos_embed", 1),
         ("conv_out", 3),
     ],
