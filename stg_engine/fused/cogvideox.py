@@ -17,6 +17,7 @@ from stg_kernels import branch_attention, norm_modulate, qk_norm_rope, residual_
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from stg_engine.fused.parts import feed_forward, project_out
 from stg_engine.hooks import is_plain, runs_own_forward
 from stg_engine.layout import chunk_ranges, join, narrow
 from stg_engine.rows import Run
@@ -84,7 +85,7 @@ def forward(
     text, normed_text = residual_gate_norm_modulate(
         text, attended[:, :tokens], text_gate, text_scale, text_shift, **norm
     )
-    out = block.ff(torch.cat([normed_text, normed_x], dim=1)).contiguous()
+    out = feed_forward(block.ff, torch.cat([normed_text, normed_x], dim=1))
     x = residual_gate(x, out[:, tokens:], gate_ff, row_map=row_map)
     return x, residual_gate(text, out[:, :tokens], text_gate_ff, row_map=row_map)
 
@@ -140,5 +141,4 @@ def _attention(
     )
     skipping = run.skipping_attention(index)
     out = branch_attention(q, k, v, own_key_rows=skipping, text=(0, tokens) if skipping else None)
-    projection, dropout = attention.to_out
-    return dropout(projection(out.flatten(2))).contiguous()
+    return project_out(attention, out)
