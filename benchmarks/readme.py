@@ -18,20 +18,19 @@ from stg_engine.models import supported
 from stg_engine.plan import build_plans
 
 README = Path(__file__).parents[1] / "README.md"
-YES, NO = "yes", "planned"
 BASELINES = {"diffusers": "diffusers", "eager": "reference"}
 
-# model, blocks, published skip, uncond branch, supported
+# model, blocks, published skip, uncond branch
 PUBLISHED = [
-    ("LTX-Video 2B", 28, Skip((19,)), True, YES),
-    ("LTX-Video 2B, attention skip", 28, Skip((19,), mode="attention"), True, YES),
-    ("LTX-Video 13B, second pass, no CFG", 48, Skip((27,), mode="attention"), False, YES),
-    ("Mochi", 48, Skip((34,)), True, NO),
-    ("CogVideoX-5B", 42, Skip((11,)), True, NO),
-    ("CogVideoX-2B", 30, Skip((11,)), True, NO),
-    ("Wan 2.1 1.3B", 30, Skip((8,)), True, NO),
-    ("Wan 2.1 14B", 40, Skip((8,)), True, NO),
-    ("HunyuanVideo, no CFG", 60, Skip((2,)), False, NO),
+    ("LTX-Video 2B", 28, Skip((19,)), True),
+    ("LTX-Video 2B, attention skip", 28, Skip((19,), mode="attention"), True),
+    ("LTX-Video 13B, second pass, no CFG", 48, Skip((27,), mode="attention"), False),
+    ("Mochi", 48, Skip((34,)), True),
+    ("CogVideoX-5B", 42, Skip((11,)), True),
+    ("CogVideoX-2B", 30, Skip((11,)), True),
+    ("Wan 2.1 1.3B", 30, Skip((8,)), True),
+    ("Wan 2.1 14B", 40, Skip((8,)), True),
+    ("HunyuanVideo, no CFG", 60, Skip((2,)), False),
 ]
 STEPS_13B = (1, 2, 2, 5, 4, 5, 8)
 """Executed steps per entry of the "ltx-video-13b" schedule, 27 in all (tests/engine/test_config.py)."""
@@ -43,21 +42,21 @@ def plan_picture() -> str:
 
 def cost_table() -> str:
     rows = []
-    for model, blocks, skip, uncond, status in PUBLISHED:
+    for model, blocks, skip, uncond in PUBLISHED:
         plan = Plan.build(StepGuidance((skip,)), blocks, uncond=uncond)
         layers = f"{', '.join(map(str, skip.layers))} of {blocks}"
-        rows.append((model, layers, 1 + uncond, len(plan.branches) * blocks, plan.block_rows, blocks, status))
+        rows.append((model, layers, 1 + uncond, len(plan.branches) * blocks, plan.block_rows, blocks))
     schedule = build_plans(STGConfig.preset("ltx-video-13b"), 48)
     full = sum(n * len(plan.branches) * 48 for n, plan in zip(STEPS_13B, schedule, strict=True))
     shared = sum(n * plan.block_rows for n, plan in zip(STEPS_13B, schedule, strict=True))
     unskipped = [sum(not branch.skips for branch in plan.branches) for plan in schedule]
     plain = sum(n * count for n, count in zip(STEPS_13B, unskipped, strict=True))
-    rows.insert(2, ("LTX-Video 13B, first pass, 27 steps", "schedule", plain, full, shared, 48, YES))
-    lines = ["| model | layers skipped | without STG | STG, passes apart | STG, shared | bound | supported |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for model, layers, plain, apart, shared, blocks, status in rows:
+    rows.insert(2, ("LTX-Video 13B, first pass, 27 steps", "schedule", plain, full, shared, 48))
+    lines = ["| model | layers skipped | without STG | STG, passes apart | STG, shared | bound |"]
+    lines.append("|---|---|---|---|---|---|")
+    for model, layers, plain, apart, shared, blocks in rows:
         cost = f"{plain:.2f} | {apart / blocks:.2f} | {shared / blocks:.2f} | {apart / shared:.2f}x"
-        lines.append(f"| {model} | {layers} | {cost} | {status} |")
+        lines.append(f"| {model} | {layers} | {cost} |")
     return "\n".join(lines)
 
 
@@ -115,9 +114,18 @@ def attention_table() -> str:
 
 SKIPS = {
     "value_passthrough": "V",
+    "gated_value_passthrough": "V, gated",
     "own_key_attention": "own key and text",
 }
 """What a token gets of attention in mode="attention", by the name of the family's `attention_skip`."""
+
+
+GUIDED = {
+    "LTXVideoTransformer3DModel": "modular LTX",
+    "WanTransformer3DModel": "modular Wan",
+    "HunyuanVideo15Transformer3DModel": "HunyuanVideo15",
+}
+"""What takes an `STGGuidance`: tests/models/test_guider.py, test_hunyuan_pipelines.py."""
 
 
 def support_table() -> str:
@@ -127,15 +135,18 @@ def support_table() -> str:
     pipelines: dict[str, list[str]] = {}
     for name in PIPELINES:
         parameters = inspect.signature(getattr(diffusers, name)).parameters
-        model = next(parameters[key].annotation for key in ("transformer", "unet") if key in parameters)
-        pipelines.setdefault(getattr(model, "__name__", str(model)), []).append(name.removesuffix("Pipeline"))
+        model = next(str(parameters[key].annotation) for key in ("transformer", "unet") if key in parameters)
+        (kind,) = {spec.transformer for spec in supported() if re.search(rf"\b{spec.transformer}\b", model)}
+        pipelines.setdefault(kind, []).append(name.removesuffix("Pipeline"))
+    for kind, name in GUIDED.items():
+        pipelines.setdefault(kind, []).append(f"{name} with a guider")
     lines = [
         "| model | attention skip gives | axes | pipelines | fused blocks | serial | LoRA | offload | CUDA graph |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for spec in supported():
         axes = ", ".join(filter(None, spec.axes)) or "-"
-        hosts = ", ".join(pipelines.get(spec.transformer, ())) or "`Denoiser`"
+        hosts = ", ".join(pipelines[spec.transformer])
         lora = "yes" if hasattr(getattr(diffusers, spec.transformer), "add_adapter") else "no"
         skip = SKIPS[spec.attention_skip.__name__]
         cells = (spec.family, skip, axes, hosts, "yes" if spec.fused else "no", "yes", lora, "yes", "no")

@@ -1,4 +1,4 @@
-"""diffusers' own LTX pipeline tests, plain and with the engine at scale 0: what passes plain must pass with it.
+"""diffusers' own pipeline tests, plain and with the engine at scale 0: what passes plain must pass with it.
 
     python tests/peers/run.py <checkout of diffusers> [--scale 0] [pytest arguments]
 
@@ -16,7 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-FILES = ("test_ltx.py", "test_ltx_image2video.py", "test_ltx_condition.py")
+FILES = {
+    "ltx": ("test_ltx.py", "test_ltx_image2video.py", "test_ltx_condition.py"),
+    "ltx2": ("test_ltx2.py", "test_ltx2_image2video.py", "test_ltx2_condition.py"),
+    "mochi": ("test_mochi.py",),
+    "cogvideo": ("test_cogvideox.py", "test_cogvideox_image2video.py", "test_cogvideox_video2video.py"),
+    "wan": ("test_wan.py", "test_wan_22.py", "test_wan_image_to_video.py", "test_wan_video_to_video.py"),
+}
 
 
 def run(checkout, arguments, scale=""):
@@ -30,7 +36,7 @@ def run(checkout, arguments, scale=""):
             "STG_PEERS_SCALE": scale,
             "STG_PEERS_OUT": str(out),
         }
-        files = [f"tests/pipelines/ltx/{name}" for name in FILES]
+        files = [f"tests/pipelines/{folder}/{name}" for folder, names in FILES.items() for name in names]
         options = ["-m", "pytest", "-q", "--tb=short", "--disable-warnings", "-p", "plugin", "-p", "no:cacheprovider"]
         subprocess.run([sys.executable, *options, *files, *arguments], cwd=checkout, env=env, stdin=subprocess.DEVNULL)
         if not out.is_file():
