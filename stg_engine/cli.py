@@ -117,7 +117,11 @@ def _add_setting(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", metavar="M", help="pipeline folder, hub id or, for plan, a preset's name (default: shipped)"
     )
-    group.add_argument("--preset", metavar="NAME", help="published setting, such as ltx-video-2b")
+    group.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="published setting, such as ltx-video-2b, or with --stg-layers a way of combining, such as wan-official",
+    )
     group.add_argument("--guidance-scale", type=float, metavar="G", help="CFG scale g; 1 or less is off")
     group.add_argument("--stg-scale", type=float, metavar="S", help="skip scale s; 0 is off")
     group.add_argument(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stg_engine import guidance
+from stg_engine.combine import Combiner, check_conventions, per_output
 from stg_engine.config import StepGuidance, STGConfig, number
 from stg_engine.fused import Fusion
 from stg_engine.guard import refuse_compiled, refuse_in_guided_step
@@ -39,7 +41,8 @@ class Denoiser:
 
     What follows from prompt and weights alone is kept from step to step; call `release()` after writing either in a way
     that PyTorch does not count: through `.data`, as hotswapping a LoRA does, or through a NumPy array. `differences`
-    holds, per skip, max |c - p| of its first step, a scalar tensor: 0 means that the skip changes nothing.
+    holds, per skip, max |c - p| of its first step (|u - p| on the negative prompt; none for a weak uncond), a scalar
+    tensor: 0 means that the skip changes nothing.
 
     Raises `TypeError` for an unknown transformer, `ValueError` for a setting that the model does not have, and for a
     transformer that is hooked already. One thread at a time; each thread needs a transformer and a Denoiser of its own.
@@ -73,7 +76,7 @@ class Denoiser:
         self.differences: dict[str, Tensor] = {}
         self._attentions = self._in_blocks(self.spec.self_attention)
         self.fusion = Fusion(self.spec.fused, kernels)
-        self._scales: dict[tuple, Tensor] = {}
+        self._combiner = Combiner(self.config, self.fusion)
         self._slot = Slot()
         self._plans: dict[tuple[StepGuidance, bool], Plan] = {}
         self._hooked: list[nn.Module] = []
@@ -86,30 +89,42 @@ class Denoiser:
         cond: Inputs,
         uncond: Inputs | None = None,
         *,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Tensor | None = None,
         progress: float | None = None,
         sigma: float | None = None,
+        token_sigmas: Tensor | Sequence[Tensor] | None = None,
     ) -> Any:
         """`u + g (c - u) + sum_i s_i (c - p_i) + (mu - 1)(c - m)` and the rescale, in the transformer's output dtype.
 
         shared          the transformer's keyword arguments that all branches have in common (B videos)
         cond, uncond    those that depend on the prompt; without uncond the result is `c + sum_i s_i (c - p_i)`
-        guidance_scale  g; needed with uncond, not allowed without it (except 1); a schedule's entry may set it
+        guidance_scale  g, or a tensor that broadcasts to a prediction; needed with uncond, not allowed without it
+                        (except 1); a schedule's entry may set it
         progress        step index / number of steps, in [0, 1); needed if the config has start or stop
-        sigma           noise level of this step, 1 is pure noise; needed if the config has a schedule
+        sigma           noise level of this step, 1 is pure noise; needed if `config.needs_sigma`
+        token_sigmas    those of the tokens for x0, [B, S] (of each output), where they differ: LTX-2's sigma * mask
         """
         step = self.config.at(progress, sigma)
         if step.guidance_scale is not None:
             guidance_scale, uncond = (step.guidance_scale, uncond) if step.guidance_scale > 1 else (None, None)
-        if guidance_scale is not None:
+        if guidance_scale is not None and not isinstance(guidance_scale, Tensor):
             number("guidance_scale", guidance_scale, 0.0)
         if uncond is not None and guidance_scale is None:
             raise ValueError("guidance_scale=None is not allowed with uncond; pass g of u + g (c - u)")
-        if uncond is None and guidance_scale not in (None, 1, 1.0):
+        if uncond is None and (isinstance(guidance_scale, Tensor) or guidance_scale not in (None, 1, 1.0)):
             raise ValueError(f"guidance_scale={guidance_scale} needs uncond, which is None")
-        names, outputs = self.predict(step, shared, cond, uncond)
-        scale = 1.0 if guidance_scale is None else guidance_scale
-        guided = tuple(self.combine(step, names, rows, scale, dtype=rows.dtype) for rows in outputs)
+        latents = [shared.get(name) for name in self.spec.velocity_of]
+        sigmas = per_output(token_sigmas, sigma, max(len(latents), 1))
+        if step.is_zero:
+            check_inputs(self.transformer, self.spec, shared, cond, uncond)
+            guided = tuple(map(guidance.zero_init, latents, sigmas))
+        else:
+            names, outputs = self.predict(step, shared, cond, uncond)
+            scale = 1.0 if guidance_scale is None else guidance_scale
+            guided = tuple(
+                self.combine(step, names, rows, scale, is_audio=i > 0, dtype=rows.dtype, latents=x, sigma=level)
+                for i, (rows, x, level) in enumerate(zip_longest(outputs, latents, sigmas))
+            )
         return guided if len(guided) > 1 else guided[0]
 
     def branches(
@@ -130,7 +145,7 @@ class Denoiser:
         """Rows per block for one step's guidance."""
         key = (step, uncond)
         if key not in self._plans:
-            options = self.spec.plan_options(is_on=bool(step.weak))
+            options = self.spec.plan_options(is_on=step.is_guided)
             self._plans[key] = Plan.build(step, self.num_layers, uncond=uncond, **options)
         return self._plans[key]
 
@@ -140,7 +155,9 @@ class Denoiser:
         if self.config.schedule is not None:
             scale = guidance_scale if uncond else 1.0
             return build_plans(self.config, self.num_layers, guidance_scale=scale, **options)
-        uncond = uncond and (guidance_scale is None or guidance_scale > 1)
+        audio = self.config.audio
+        scales = (guidance_scale, None if audio is None else audio.guidance_scale)
+        uncond = uncond and (guidance_scale is None or any(scale is not None and scale > 1 for scale in scales))
         return Plan.build(self.config, self.num_layers, uncond=uncond, **options)
 
     def release(self) -> None:
@@ -176,9 +193,12 @@ class Denoiser:
             raise RuntimeError("this Denoiser is detached; make a new one")
         forward = self.transformer if forward is None else forward
         videos = check_inputs(self.transformer, self.spec, shared, cond, uncond)
+        if step.is_zero:
+            raise ValueError(f"zero_init={self.config.zero_init} leaves nothing to predict here; x0 is 0 in this step")
         plan = self.plan(step, uncond=uncond is not None)
         names = tuple(branch.name for branch in plan.branches)
-        if not step.weak:  # plain diffusers, whatever else is on
+        negative = tuple(branch.name for branch in plan.branches if branch.prompt == "uncond")
+        if not step.is_guided:  # plain diffusers, whatever else is on
             rows = all_rows(self.spec, names, shared, cond, uncond)
             return names, self._outputs(forward, rows)
         self._refuse_replaced_modules()
@@ -189,7 +209,7 @@ class Denoiser:
             kept = [*self._once_per_prompt(), *self._in_blocks(self.spec.one_key_attention)]
             self.memo.keep_only(fingerprint(kept), _other_sources(latents, shared), prompt)
             fused = self.fusion.forwards(self.transformer, self.blocks, latents)
-            rows = all_rows(self.spec, names, shared, cond, uncond, self.memo)
+            rows = all_rows(self.spec, names, shared, cond, uncond, self.memo, negative)
             lengths = self._key_lengths(rows) if any(fused) else {}
             texts = tuple(value for value in prompt if value is not None)
             self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused, texts, **lengths)
@@ -210,39 +230,18 @@ class Denoiser:
         guidance_scale: float | Tensor,
         rescale: float = 0.0,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> Tensor:
         """The guided prediction [B, ...] of `predict`'s rows, by this config's conventions, rounded once, to `dtype`
         (None: float32, float64 for float64).
 
-        `rescale` stands in where the step has none. `guidance.combine`, or `stg_kernels.combine_guidance` where the
-        step's blocks were fused.
-        """
-        rescale = step.rescale or rescale
-        dtype = torch.promote_types(rows.dtype, torch.float32) if dtype is None else dtype
-        if step.weak and self.fusion.is_on and self.config.arithmetic == "float32" and rows.is_contiguous():
-            from stg_kernels import combine_guidance
+        guidance_scale  where the step's audio sets none; `rescale` where the step has none
+        is_audio        the rows are the audio output's
+        latents, sigma  x [B, ...] and its noise level, a number or [B, S]: for space="x0"
 
-            has_uncond = "uncond" in names
-            return combine_guidance(
-                rows,
-                self._device_scales((guidance_scale, rescale, *(scale for _, scale in step.weak)), rows.device),
-                has_uncond=has_uncond,
-                rescale=rescale > 0,
-                over_batch=self.config.rescale_over == "batch",
-                cfg_star=self.config.cfg_star and has_uncond,
-                dtype=dtype,
-            )
-        branches = dict(zip(names, rows.chunk(len(names)), strict=True))
-        return guidance.combine(
-            branches["cond"],
-            branches.get("uncond"),
-            [(branches[name], scale) for name, scale in step.weak],
-            guidance_scale=guidance_scale,
-            rescale=rescale,
-            cfg_star=self.config.cfg_star and not step.is_plain,
-            rescale_over=self.config.rescale_over,
-            arithmetic=self.config.arithmetic,
-        ).to(dtype)
+        `guidance.combine`, or `stg_kernels.combine_guidance` where the step's blocks were fused.
+        """
+        return self._combiner(step, names, rows, guidance_scale, rescale=rescale, dtype=dtype, **options)
 
     def _key_lengths(self, rows: Inputs) -> dict[str, Any]:
         """Prompt lengths instead of a mask, where the mask says no more: `Run`'s `lengths` and `full`."""
@@ -257,20 +256,15 @@ class Denoiser:
         full = (lengths == mask.shape[1]).tolist()
         return {"full": full, "lengths": self.memo.get("lengths there", (mask,), lambda: lengths.to(mask.device))}
 
-    def _device_scales(self, values: tuple[float, ...], device: torch.device) -> Tensor:
-        if (values, device) not in self._scales:
-            self._scales = {(values, device): torch.tensor(values, dtype=torch.float32, device=device)}
-        return self._scales[values, device]
-
     def _note_differences(self, step: StepGuidance, names: tuple[str, ...], rows: Tensor) -> None:
         branches = dict(zip(names, rows.chunk(len(names)), strict=True))
-        layers = {
-            name: f" {', '.join(map(str, skip.layers))}" for name, skip in zip(step.names, step.skips, strict=True)
-        }
+        skips = dict(zip(step.names, step.skips, strict=False))
+        layers = {name: f" {', '.join(map(str, skip.layers))}" for name, skip in skips.items()}
         for name, _ in step.weak:
+            strong = "uncond" if name in layers and step.weak_pass == "negative_prompt" else "cond"
             key = name if self.config.schedule is None else name + layers.get(name, "")
             if key not in self.differences:
-                self.differences[key] = guidance.largest_difference(branches["cond"], branches[name])
+                self.differences[key] = guidance.largest_difference(branches[strong], branches[name])
 
     def _outputs(self, forward: Callable[..., Any], rows: Inputs) -> tuple[Tensor, ...]:
         options = {"return_dict": False} if "return_dict" in signature_of(type(self.transformer)).parameters else {}
@@ -295,8 +289,7 @@ class Denoiser:
             raise TypeError(f"config={self.config!r} is not allowed; it must be an STGConfig")
         for skip in self.config.skips:
             check_layers(skip, self.num_layers, self.spec.axes)
-        if (mu := self.config.modality_scale) != 1 and not self.spec.links:
-            raise ValueError(f"modality_scale={mu} is not allowed: {self.spec.family} has one modality")
+        check_conventions(self.config, self.spec)
 
     def _published(self) -> STGConfig:
         name = self.spec.presets.get(self.num_layers)

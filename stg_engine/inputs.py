@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -101,8 +101,12 @@ def all_rows(
     cond: Inputs,
     uncond: Inputs | None,
     memo: Memo | None = None,
+    negative: Collection[str] = ("uncond",),
 ) -> dict[str, Any]:
-    """Keyword arguments with the rows of branches `names`, [K * B, ...] in that order; `memo` keeps the prompts'."""
+    """Keyword arguments with the rows of branches `names`, [K * B, ...] in that order; `memo` keeps the prompts'.
+
+    The branches in `negative` read uncond's prompt.
+    """
     rows = dict(shared)
     for name in spec.latents:
         if has_rows(spec, name, shared):
@@ -114,7 +118,7 @@ def all_rows(
             continue
 
         def stack(value: Tensor = value, other: Tensor = other) -> Tensor:
-            return torch.cat([other if branch == "uncond" else value for branch in names])
+            return torch.cat([other if branch in negative else value for branch in names])
 
         keeper = None if name in spec.latents else memo
         rows[name] = stack() if keeper is None else keeper.get((name, names), (value, other), stack)

@@ -141,7 +141,7 @@ class Engine:
             return forward(**arguments)
         if step.call == 0:
             self._calls.check(step.guidance)  # again: a callback may have changed the call's own settings
-            self._report.guided_steps += bool(step.guidance.weak)
+            self._report.guided_steps += step.guidance.is_guided
         return self._calls.predict(step, arguments)
 
     def _begin_step(self, calls: Calls, timestep: Any) -> None:

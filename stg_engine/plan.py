@@ -81,15 +81,25 @@ class Plan:
             if guidance.schedule is not None:
                 raise ValueError("schedule has a plan per entry; use stg_engine.plan.build_plans")
             skips = tuple(skip for skip in guidance.skips if skip.scale > 0)
-            guidance = StepGuidance(skips, guidance.rescale, modality_scale=guidance.modality_scale)
+            guidance = StepGuidance(
+                skips, guidance.rescale, modality_scale=guidance.modality_scale, weak_pass=guidance.weak_pass
+            )
+        if guidance.needs_uncond and not uncond:
+            raise ValueError(
+                f"weak_pass={guidance.weak_pass!r} acts through CFG, which is off: pass a guidance scale above 1 and a "
+                "negative prompt, or weak_pass='prompt'"
+            )
+        skipped = []
         for skip in guidance.skips:
             check_layers(skip, num_layers, axes)
-        branches = [Branch("uncond", prompt="uncond")] if uncond else []
-        branches.append(Branch("cond"))
-        for name, skip in zip(guidance.names, guidance.skips, strict=True):
             places = [i for i, axis in enumerate(axes) if skip.axis in (None, axis)]
             blocks = [layer * len(axes) + place for layer in skip.layers for place in places]
-            branches.append(Branch(name, skips=dict.fromkeys(blocks, skip.mode)))
+            skipped.append(dict.fromkeys(blocks, skip.mode))
+        prompt = "uncond" if guidance.weak_pass == "negative_prompt" else "cond"
+        in_uncond = skipped.pop() if skipped and guidance.weak_pass == "uncond" else {}
+        branches = [Branch("uncond", "uncond", in_uncond)] if uncond else []
+        branches.append(Branch("cond"))
+        branches += [Branch(name, prompt, blocks) for name, blocks in zip(guidance.names, skipped, strict=True)]
         if guidance.modality_scale != 1:
             branches.append(Branch("modality", is_isolated=True))
         return cls(tuple(branches), num_layers * len(axes), axes, prompt_block, shares_attention, title)
@@ -195,10 +205,12 @@ class Plan:
             return ""
         layers = ", ".join(map(self._label, branch.skips))
         modes = "/".join(sorted(set(branch.skips.values())))
-        reason = f"{modes} skip of {layers}" if branch.skips else "its prompt enters"
-        reason = "its modalities are isolated" if branch.is_isolated else reason
+        parent = next(other for other in self.branches if other.name == fork.parent)
+        reasons = ["its prompt enters"] if branch.prompt != parent.prompt else []
+        reasons += [f"{modes} skip of {layers}"] if branch.skips else []
+        reasons += ["its modalities are isolated"] if branch.is_isolated else []
         where = "before the blocks" if fork.block < 0 else f"in block {self._label(fork.block)}"
-        return f"forks from {fork.parent} {where}: {reason}"
+        return f"forks from {fork.parent} {where}: {', '.join(reasons)}"
 
     def _label(self, block: int) -> str:
         layer, place = divmod(block, len(self.axes))

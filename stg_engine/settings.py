@@ -11,6 +11,7 @@ from typing import Any
 
 from stg_engine import demo
 from stg_engine.config import StepGuidance, STGConfig
+from stg_engine.conventions import CONVENTIONS
 from stg_engine.models import ModelSpec, spec_of
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS, Preset
@@ -37,7 +38,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Setting:
-    """`config` is None without a skip branch: plain CFG, nothing to attach. `preset` names a published origin."""
+    """`config` is None without a skip branch: plain CFG, nothing to attach. `preset` names a preset or convention."""
 
     config: STGConfig | None
     guidance_scale: float
@@ -45,17 +46,22 @@ class Setting:
 
     def __str__(self) -> str:
         origin = ""
-        if self.preset is not None:
+        if self.preset in CONVENTIONS:
+            convention = CONVENTIONS[self.preset]
+            origin = f"convention {self.preset} ({convention.source}; {convention.note}): "
+        elif self.preset is not None:
             published = PRESETS[self.preset]
             is_changed = (self.config, self.guidance_scale) != (published.config, published.guidance_scale)
             changed = ", changed" if is_changed else ""
             origin = f"preset {self.preset} ({published.source}; {published.note}){changed}: "
         if self.config is None:
             return f"{origin}no skip branch, guidance scale {self.guidance_scale:g}"
+        weak = {"prompt": "", "negative_prompt": " on the negative prompt", "uncond": " in uncond"}
+        where = weak[self.config.weak_pass]
         if self.config.schedule is not None:
-            return f"{origin}a schedule of {len(self.config.schedule.entries)} entries, {self.config.mode} skip"
+            return f"{origin}a schedule of {len(self.config.schedule.entries)} entries, {self.config.mode} skip{where}"
         skips = ", ".join(
-            f"{s.mode} skip of {', '.join(map(str, s.layers))} at scale {s.scale:g}" for s in self.config.skips
+            f"{s.mode} skip of {', '.join(map(str, s.layers))}{where} at scale {s.scale:g}" for s in self.config.skips
         )
         return f"{origin}{skips}, rescale {self.config.rescale:g}, guidance scale {self.guidance_scale:g}"
 
@@ -115,7 +121,10 @@ def choose_setting(model: Model, options: Options) -> Setting:
     name = options.preset
     if name is None and options.stg_layers is None and options.stg_scale != 0 and not model.is_shipped:
         name = model.spec.presets.get(model.num_layers)
-    published = None if name is None else _preset(name, model)
+    convention = CONVENTIONS.get(name or "")
+    if convention is not None and options.stg_layers is None:
+        raise ValueError(f"preset={name!r} says how to combine, for any model: name the blocks with --stg-layers too")
+    published = None if name is None or convention is not None else _preset(name, model)
     base = None if published is None else published.config
     if published is None and options.stg_layers is None and model.is_shipped:
         base = demo.SETTING.config
@@ -132,7 +141,8 @@ def choose_setting(model: Model, options: Options) -> Setting:
                 f"0 to {model.num_layers - 1}, or pass --stg-scale 0"
             )
         base, changes["layers"] = None, (0,)  # checks mode and rescale, and is off
-    config = STGConfig(**changes) if base is None else replace(base, **changes)
+    fields = {} if convention is None else convention.fields
+    config = STGConfig(**{**fields, **changes}) if base is None else replace(base, **changes)
     for skip in config.skips if base is not None or options.stg_layers is not None else ():
         check_layers(skip, model.num_layers, model.spec.axes)
     is_off = all(skip.scale == 0 for skip in config.skips)
@@ -141,7 +151,10 @@ def choose_setting(model: Model, options: Options) -> Setting:
 
 def _preset(name: str, model: Model) -> Preset:
     if name not in PRESETS:
-        raise ValueError(f"preset={name!r} is not known; choose one of {', '.join(PRESETS)}")
+        raise ValueError(
+            f"preset={name!r} is not known; choose one of {', '.join(PRESETS)}; or, with --stg-layers, one of "
+            f"{', '.join(CONVENTIONS)}"
+        )
     published = PRESETS[name]
     if (published.transformer, published.blocks) != (model.spec.transformer, model.num_layers):
         raise ValueError(

@@ -12,12 +12,14 @@ ROOT = Path(__file__).parents[1]
 
 # A file or folder of stg_engine imports only from lines above its own; names on one line do not see each other.
 LAYERS = [
+    {"schedule", "conventions"},
     {"config", "media", "layout"},
     {"presets", "plan", "guidance", "memo"},
+    {"comfyui"},
     {"hooks"},
     {"rows"},
     {"models", "fused", "once", "guard"},
-    {"inputs"},
+    {"inputs", "combine"},
     {"denoiser", "reference"},
     {"report", "compare", "calls"},
     {"pipeline", "guider", "export"},
@@ -36,7 +38,7 @@ LAZY_UP = {("config", "presets")}  # STGConfig.preset("name")
 SHARED = {"models": {"base"}, "calls": {"base"}}
 
 # Plain data: these may load nothing but the standard library and each other.
-STANDARD_LIBRARY_ONLY = {"config", "presets", "plan"}
+STANDARD_LIBRARY_ONLY = {"schedule", "config", "conventions", "presets", "comfyui", "plan"}
 
 # name -> the only modules that may say it
 ONLY_IN = {

@@ -62,6 +62,8 @@ class ModelSpec:
                        result is `to_out(to_v(prompt))` for every query: once per prompt, if `max_rows` is None
     per_row            further modules with rows: path -> their row arguments; they get `max_rows` rows at a time
     fused              module of `stg_engine.fused` with the block's forward from `stg_kernels`, or None
+    velocity_of        per output, the argument x of `latents` with `x0 = x - sigma * output`, of the output's shape;
+                       () if the model predicts something else
     presets            number of layers -> name of the published preset
     """
 
@@ -94,6 +96,7 @@ class ModelSpec:
     one_key_attention: tuple[str, ...] = ()
     per_row: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     fused: str | None = None
+    velocity_of: tuple[str, ...] = ()
     presets: Mapping[int, str] = field(default_factory=dict)
 
     @property

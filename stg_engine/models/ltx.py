@@ -25,6 +25,7 @@ LTX_VIDEO = register(
         once_per_prompt_in_block=("attn2.to_k", "attn2.norm_k", "attn2.to_v"),
         per_row={"proj_out": (0,)},
         fused="ltx",
+        velocity_of=("hidden_states",),
         presets={28: "ltx-video-2b", 48: "ltx-video-13b"},
     )
 )

@@ -57,6 +57,7 @@ LTX_2 = register(
         ),
         attention_skip=gated_value_passthrough,
         links=("audio_to_video_attn", "video_to_audio_attn"),
+        velocity_of=("hidden_states", "audio_hidden_states"),
         shares_attention=True,
         once_per_step=dict.fromkeys(
             ("proj_in", "audio_proj_in", "rope", "audio_rope", "cross_attn_rope", "cross_attn_audio_rope"), (0,)
