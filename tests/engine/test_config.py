@@ -8,6 +8,7 @@ import torch
 from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
 from stg_engine import ScheduleEntry, Skip, STGConfig, STGSchedule
+from stg_engine.config import AudioGuidance
 from stg_engine.presets import PRESETS
 
 WRONG = [
@@ -41,6 +42,19 @@ WRONG = [
     ({"arithmetic": "bf16"}, "arithmetic='bf16'"),
     ({"cfg_star": "yes"}, "cfg_star='yes'"),
     ({"cfg_star": np.array([True])}, "cfg_star=array"),
+    ({"rescale_cfg": 1}, "rescale_cfg=1 is not allowed; choose one of True, False"),
+    ({"weak_pass": "negative"}, "weak_pass='negative'.*'prompt', 'negative_prompt', 'uncond'"),
+    ({"weak_pass": "uncond", "scale": 2.0}, "scale=2.0 is not allowed with weak_pass='uncond'.*1 is on, 0 is off"),
+    ({"weak_pass": "uncond", "extra_skips": (Skip((3,)),)}, r"extra_skips=.*there is one uncond pass"),
+    ({"space": "v"}, "space='v' is not allowed; choose one of 'model', 'x0'"),
+    ({"space": "x0", "arithmetic": "model"}, "arithmetic='model' is not allowed with space='x0'"),
+    ({"zero_init": 1.1}, "zero_init=1.1.*between 0 and 1"),
+    ({"audio": 2.0}, "audio=2.0 is not allowed; it must be an AudioGuidance"),
+    (
+        {"audio": AudioGuidance(scale=1.0), "extra_skips": (Skip((3,)),)},
+        "audio.scale=1.0 is not allowed: it replaces the scale of one skip branch",
+    ),
+    ({"audio": AudioGuidance(scale=1.0), "weak_pass": "uncond"}, "audio.scale=1.0"),
     ({"scale": 10**400}, "scale=1000"),
     ({"layers": b"\x01"}, "layers=b"),
     ({"layers": {1: 2}}, "layers={1: 2}"),
@@ -58,6 +72,10 @@ def test_unknown_option_is_an_error():
         STGConfig(layer=19)
 
 
+def one_entry(guidance_scale, scale=1.0):
+    return STGSchedule((ScheduleEntry(0.5, (1,), scale, guidance_scale=guidance_scale),), "at_or_below")
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -69,6 +87,17 @@ def test_unknown_option_is_an_error():
         (lambda: ScheduleEntry(0.5, (), 1.0), r"layers=\(\) is empty"),
         (lambda: ScheduleEntry(0.5, (1,), 1.0, guidance_scale=-1.0), "guidance_scale=-1.0"),
         (lambda: STGConfig(schedule="dynamic"), "schedule='dynamic' is not allowed; it must be an STGSchedule"),
+        (
+            lambda: STGConfig(schedule=one_entry(1.0), weak_pass="negative_prompt"),
+            r"guidance_scale=1.0 of the entry at sigma=0.5 .*weak_pass='negative_prompt' acts through CFG",
+        ),
+        (
+            lambda: STGConfig(schedule=one_entry(3.0, 2.0), weak_pass="uncond"),
+            "scale=2.0 is not allowed with weak_pass",
+        ),
+        (lambda: STGConfig(schedule=one_entry(3.0), audio=AudioGuidance()), "audio=.*beside a schedule"),
+        (lambda: AudioGuidance(rescale=1.5), r"audio.rescale=1.5 .*between 0 and 1"),
+        (lambda: AudioGuidance(modality_scale=-1.0), r"audio.modality_scale=-1.0 .*at least 0"),
         (lambda: STGConfig.preset("ltx"), "preset='ltx' is not known; choose one of ltx-video-2b, "),
     ],
 )
@@ -106,6 +135,40 @@ def test_branch_names():
 
 def test_scale_0_has_no_rescale():
     assert STGConfig(layers=(1,), scale=0.0, rescale=0.7).at().rescale == 0.0
+
+
+def test_weak_pass_of_a_step():
+    step = STGConfig(layers=(1,), weak_pass="uncond").at()
+    assert (step.names, step.needs_uncond) == ((), True)
+    step = STGConfig(layers=(1,), weak_pass="negative_prompt").at()
+    assert (step.names, step.needs_uncond) == (("skip",), True)
+    assert not STGConfig(layers=(1,)).at().needs_uncond
+    off = STGConfig(layers=(1,), weak_pass="uncond", start=0.5).at(0.0)
+    assert not off.needs_uncond
+    assert off.is_plain
+
+
+def test_rescale_cfg():
+    fields = {"layers": (1,), "rescale": 0.7, "start": 0.5}
+    assert STGConfig(**fields).at(0.0).is_plain
+    step = STGConfig(**fields, rescale_cfg=True).at(0.0)
+    assert (step.skips, step.rescale, step.is_plain) == ((), 0.7, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "needed"),
+    [
+        ({}, False),
+        ({"space": "x0"}, False),
+        ({"space": "x0", "rescale": 0.5}, True),
+        ({"space": "x0", "cfg_star": True}, True),
+        ({"space": "x0", "audio": AudioGuidance(rescale=0.5)}, True),
+        ({"zero_init": 0.99}, True),
+    ],
+    ids=str,
+)
+def test_needs_sigma(fields, needed):
+    assert STGConfig(layers=(1,), **fields).needs_sigma == needed
 
 
 def entry_numbers(schedule, sigmas):

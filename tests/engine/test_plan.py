@@ -33,12 +33,13 @@ def plans(draw):
     layers = st.sets(st.integers(0, num_blocks - 1), min_size=1).map(lambda s: tuple(sorted(s)))
     axes = draw(st.sampled_from([(None,), ("spatial", "temporal")]))
     skip = st.builds(Skip, layers, mode=st.sampled_from(["residual", "attention"]), axis=st.sampled_from(axes))
-    skips = draw(st.lists(skip, max_size=4, unique=True))
+    weak_pass = draw(st.sampled_from(["prompt", "negative_prompt", "uncond"]))
+    skips = draw(st.lists(skip, max_size=1 if weak_pass == "uncond" else 4, unique=True))
     return Plan.build(
-        StepGuidance(tuple(skips)),
+        StepGuidance(tuple(skips), weak_pass=weak_pass),
         num_blocks,
         axes=axes,
-        uncond=draw(st.booleans()),
+        uncond=draw(st.booleans()) or (bool(skips) and weak_pass != "prompt"),
         prompt_block=draw(st.integers(-1, num_blocks - 1)),
         shares_attention=draw(st.booleans()),
     )
@@ -124,10 +125,27 @@ def test_ltx_video_13b_first_pass():
 
 
 def test_weak_pass_on_the_negative_prompt_shares_with_uncond():
-    weak = Branch("skip", prompt="uncond", skips={8: "residual"})
-    plan = Plan((Branch("uncond", prompt="uncond"), Branch("cond"), weak), 30)
+    plan = Plan.build(STGConfig(layers=(8,), weak_pass="negative_prompt"), 30)
+    assert [branch.prompt for branch in plan.branches] == ["uncond", "cond", "uncond"]
     assert plan.forks["skip"].parent == "uncond"
     assert plan.block_rows == 81 == simulated_block_rows(plan)
+    assert "skip    .  .    o  #     forks from uncond in block 8: residual skip of 8" in str(plan)
+
+
+def test_weak_uncond_is_no_further_branch():
+    plan = Plan.build(STGConfig(layers=(8,), weak_pass="uncond"), 30)
+    assert [branch.name for branch in plan.branches] == ["uncond", "cond"]
+    assert plan.block_rows == 59 == simulated_block_rows(plan)
+    assert "uncond  +  #    o  #     forks from cond in block 0: its prompt enters, residual skip of 8" in str(plan)
+    strong = Plan.build(STGConfig(layers=(8,), weak_pass="uncond", scale=0.0), 30)
+    assert strong.block_rows == 60
+
+
+def test_weak_pass_needs_uncond():
+    for weak_pass in ("negative_prompt", "uncond"):
+        with pytest.raises(ValueError, match=f"weak_pass='{weak_pass}' acts through CFG, which is off"):
+            Plan.build(STGConfig(layers=(8,), weak_pass=weak_pass), 30, uncond=False)
+        assert Plan.build(STGConfig(layers=(8,), weak_pass=weak_pass, scale=0.0), 30, uncond=False).block_rows == 30
 
 
 def test_skip_at_scale_0_has_no_branch():
