@@ -155,9 +155,8 @@ class Denoiser:
         if self.config.schedule is not None:
             scale = guidance_scale if uncond else 1.0
             return build_plans(self.config, self.num_layers, guidance_scale=scale, **options)
-        audio = self.config.audio
-        scales = (guidance_scale, None if audio is None else audio.guidance_scale)
-        uncond = uncond and (guidance_scale is None or any(scale is not None and scale > 1 for scale in scales))
+        scales = (guidance_scale, self.config.audio and self.config.audio.guidance_scale)
+        uncond = uncond and (guidance_scale is None or any((scale or 0) > 1 for scale in scales))
         return Plan.build(self.config, self.num_layers, uncond=uncond, **options)
 
     def release(self) -> None:
@@ -258,8 +257,8 @@ class Denoiser:
 
     def _note_differences(self, step: StepGuidance, names: tuple[str, ...], rows: Tensor) -> None:
         branches = dict(zip(names, rows.chunk(len(names)), strict=True))
-        skips = dict(zip(step.names, step.skips, strict=False))
-        layers = {name: f" {', '.join(map(str, skip.layers))}" for name, skip in skips.items()}
+        skips = zip(step.names, step.skips, strict=False)
+        layers = {name: f" {', '.join(map(str, skip.layers))}" for name, skip in skips}
         for name, _ in step.weak:
             strong = "uncond" if name in layers and step.weak_pass == "negative_prompt" else "cond"
             key = name if self.config.schedule is None else name + layers.get(name, "")

@@ -121,7 +121,10 @@ class STGGuidance(BaseGuidance):
         cond = {name: self._like(arguments[name], name, 0) for name in prompt}
         uncond = {name: self._like(arguments[name], name, 1) for name in prompt} if scale > 1 else None
         names, outputs = denoiser.predict(guidance, shared, cond, uncond, forward)
-        return tuple(denoiser.combine(guidance, names, rows, scale, dtype=rows.dtype) for rows in outputs)
+        return tuple(
+            denoiser.combine(guidance, names, rows, scale, dtype=rows.dtype, is_audio=i > 0)
+            for i, rows in enumerate(outputs)
+        )
 
     def _guidance(self, denoiser: Denoiser) -> StepGuidance:
         sigma = min(1.0, float(self._timestep) / 1000) if denoiser.config.schedule is not None else None

@@ -114,12 +114,16 @@ class Calls:
         return dict.fromkeys(("cond", "uncond") if self.has_uncond() else ("cond",), guided)
 
     def with_skip_term(self, step: StepGuidance, names: tuple[str, ...], rows: Tensor) -> dict[str, Tensor]:
-        """{"cond": c + D, "uncond": u + D} with D = sum_i s_i (c - p_i); uncond only if `rows` have it."""
+        """{"cond": c + D, "uncond": u + D} with D = sum_i s_i (c - p_i); uncond only if `rows` have it.
+
+        With p_i on the negative prompt each has a D of its own, c's or u's: q + D_q follows by CFG, which is linear.
+        """
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         branches = dict(zip(names, wide.chunk(len(names)), strict=True))
-        skips = [(branches[name], skip.scale) for name, skip in zip(step.names, step.skips, strict=True)]
-        term = skip_term(branches["cond"], skips)
-        return {name: (branches[name] + term).to(self._dtype(rows)) for name in ("cond", "uncond") if name in branches}
+        skips = [(branches[name], skip.scale) for name, skip in zip(step.names, step.skips, strict=False)]
+        results = {name: branches[name] for name in ("cond", "uncond") if name in branches}
+        bases = results if step.weak_pass == "negative_prompt" else dict.fromkeys(results, branches["cond"])
+        return {name: (row + skip_term(bases[name], skips)).to(self._dtype(rows)) for name, row in results.items()}
 
     def _dtype(self, rows: Tensor) -> torch.dtype:
         return rows.dtype if self.dtype is None else torch.promote_types(rows.dtype, self.dtype)

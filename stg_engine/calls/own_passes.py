@@ -117,6 +117,9 @@ class OwnPasses(Calls):
             ("guidance_scale", any(entry.guidance_scale is not None for entry in entries)),
             ("cfg_star", config.cfg_star),
             ("arithmetic", config.arithmetic != "float32"),
+            ("weak_pass", config.weak_pass != "prompt"),
+            ("zero_init", config.zero_init < 1),
+            ("audio", config.audio is not None),
         ):
             if is_used:
                 raise ValueError(

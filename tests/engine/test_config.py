@@ -55,6 +55,7 @@ WRONG = [
         "audio.scale=1.0 is not allowed: it replaces the scale of one skip branch",
     ),
     ({"audio": AudioGuidance(scale=1.0), "weak_pass": "uncond"}, "audio.scale=1.0"),
+    ({"audio": AudioGuidance(modality_scale=2.0)}, r"audio.modality_scale=2.0 .*without modality_scale above 1"),
     ({"scale": 10**400}, "scale=1000"),
     ({"layers": b"\x01"}, "layers=b"),
     ({"layers": {1: 2}}, "layers={1: 2}"),
@@ -97,7 +98,7 @@ def one_entry(guidance_scale, scale=1.0):
         ),
         (lambda: STGConfig(schedule=one_entry(3.0), audio=AudioGuidance()), "audio=.*beside a schedule"),
         (lambda: AudioGuidance(rescale=1.5), r"audio.rescale=1.5 .*between 0 and 1"),
-        (lambda: AudioGuidance(modality_scale=-1.0), r"audio.modality_scale=-1.0 .*at least 0"),
+        (lambda: AudioGuidance(modality_scale=-1.0), r"audio.modality_scale=-1.0 .*at least 1"),
         (lambda: STGConfig.preset("ltx"), "preset='ltx' is not known; choose one of ltx-video-2b, "),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import stg_kernels
@@ -10,6 +11,7 @@ from engine.tiny import tiny_inputs, tiny_transformer
 from models.families import mochi
 
 from stg_engine import Denoiser, Plan, STGConfig
+from stg_engine.calls.base import Calls
 from stg_engine.combine import Combiner
 from stg_engine.comfyui import read_preset, read_presets
 from stg_engine.config import AudioGuidance, Skip
@@ -316,7 +318,7 @@ def test_modality_and_audio(predictions):
     u, c, p, x = predictions
     m = torch.randn(c.shape, generator=torch.Generator().manual_seed(1), dtype=c.dtype)
     branches = {"uncond": u, "cond": c, "skip": p, "modality": m}
-    config = STGConfig.preset("ltx-2", layers=(1,), audio=AudioGuidance(7.0, 0.5, 2.0, 0.3))
+    config = STGConfig.preset("ltx-2", layers=(1,), modality_scale=4.0, audio=AudioGuidance(7.0, 0.5, 2.0, 0.3))
 
     def expected(g, s, mu, r):
         clean = {name: x - SIGMA * v for name, v in branches.items()}
@@ -324,10 +326,10 @@ def test_modality_and_audio(predictions):
         out = c0 + (g - 1) * (c0 - clean["uncond"]) + s * (c0 - clean["skip"]) + (mu - 1) * (c0 - clean["modality"])
         return (x - out * f_of(c0, out, r, batch=True)) / SIGMA
 
-    options = {"g": 3.0, "modality_scale": 4.0, "latents": x, "sigma": SIGMA}
+    options = {"g": 3.0, "latents": x, "sigma": SIGMA}
     torch.testing.assert_close(combined(config, branches, **options), expected(3.0, 1.0, 4.0, 0.0))
     torch.testing.assert_close(combined(config, branches, is_audio=True, **options), expected(7.0, 0.5, 2.0, 0.3))
-    fallback = STGConfig.preset("ltx-2", layers=(1,), rescale=0.2, audio=AudioGuidance())
+    fallback = STGConfig.preset("ltx-2", layers=(1,), rescale=0.2, modality_scale=4.0, audio=AudioGuidance())
     torch.testing.assert_close(combined(fallback, branches, is_audio=True, **options), expected(3.0, 1.0, 4.0, 0.2))
 
 
@@ -346,12 +348,12 @@ def test_fused_combination_is_the_same(predictions, weak_pass, fields, monkeypat
     branches = {"uncond": u, "cond": c, "skip": p, "modality": c.flip(1)}
     if weak_pass == "uncond":
         del branches["skip"]
-    config = STGConfig(layers=(1,), weak_pass=weak_pass, **fields)
+    config = STGConfig(layers=(1,), weak_pass=weak_pass, modality_scale=3.0, **fields)
     fusion = Fusion(None, "off")
     fusion.is_on = True
     rows = torch.cat(list(branches.values()))
-    fused = Combiner(config, fusion)(config.at(), tuple(branches), rows, G, modality_scale=3.0)
-    expected = combined(config, branches, modality_scale=3.0)
+    fused = Combiner(config, fusion)(config.at(), tuple(branches), rows, G)
+    expected = combined(config, branches)
     assert relative_error(fused, expected) < 1e-6
     assert len(calls) == 1
 
@@ -374,6 +376,17 @@ def test_outputs_have_their_own_latents_and_scales(transformer, monkeypatch):
         for result, x0, level, g in zip(actual, (x, audio), (0.7, 0.5), (G, 7.0), strict=True):
             expected = combined(config, parts, g=g, latents=x0, sigma=level)
             torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weak_pass", ["prompt", "negative_prompt", "uncond"])
+def test_skip_term_of_pipelines_that_apply_cfg_themselves(predictions, weak_pass):
+    u, c, p, _ = predictions
+    config = STGConfig(layers=(1,), weak_pass=weak_pass, scale=1.0 if weak_pass == "uncond" else S)
+    branches = branches_of(config, u, c, p)
+    rows = torch.cat(list(branches.values()))
+    parts = Calls(SimpleNamespace()).with_skip_term(config.at(), tuple(branches), rows)
+    expected = combined(config, branches)
+    torch.testing.assert_close(parts["uncond"] + G * (parts["cond"] - parts["uncond"]), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_audio_in_steps_without_skips():
@@ -403,9 +416,10 @@ COSTS = [
     ("wan", {"layers": (3, 8, 16)}, 40, True, 2.850),
     ("wan-2.1-1.3b-community", {}, 30, True, 2.700),
     ("wan-2.1-14b-community", {}, 40, True, 2.775),
-    ("ltx-2.3", {}, 48, True, 2.41),
-    ("ltx-2.0", {}, 48, True, 2.39),
-    ("ltx-2.3", {}, 48, False, 1.41),
+    ("ltx-2.3", {}, 48, True, 3.41),
+    ("ltx-2.0", {}, 48, True, 3.39),
+    ("ltx-2.3", {"modality_scale": 1.0}, 48, True, 2.41),
+    ("ltx-2.3", {"modality_scale": 1.0}, 48, False, 1.41),
     ("wan-2.1-14b-slg", {}, 40, True, 1.975),
 ]
 
