@@ -63,6 +63,10 @@ BAD_SETTINGS = [
     ("--stg-layers 2 --guidance-scale -2", "guidance_scale=-2.0", "at least 0"),
     ("--preset nope", "preset='nope'", "ltx-video-2b"),
     ("--preset ltx-video-2b", "28 blocks", "has 4"),
+    ("--preset nope", "with --stg-layers, one of stg"),
+    ("--preset slg-uncond", "preset='slg-uncond' says how to combine", "--stg-layers"),
+    ("--preset slg-uncond --stg-layers 1 --stg-scale 2", "scale=2.0", "weak_pass='uncond'"),
+    ("--preset wan-official --stg-layers 1 --guidance-scale 1", "weak_pass='negative_prompt' acts through CFG"),
     ("", "stg_layers", "0 to 3", "--stg-scale 0"),
     ("--stg-scale 0 --stg-mode r", "mode='r'"),
     ("--stg-scale 0 --stg-layers 77", "layers=(77,)", "4 blocks, 0 to 3"),
@@ -74,6 +78,27 @@ BAD_SETTINGS = [
 def test_bad_settings(model, capsys, options, needles):
     assert cli.main(["plan", "--model", model, *options.split()]) == 2
     one_error_line(capsys, *needles)
+
+
+@pytest.mark.parametrize(
+    ("options", "needles"),
+    [
+        (
+            "--preset stg --stg-layers 1 --rescale 0.7",
+            ["convention stg (junhahyung/STGuidance", "residual skip of 1 at"],
+        ),
+        (
+            "--preset wan-official --stg-layers 1",
+            ["on the negative prompt at scale 1", "forks from uncond in block 1"],
+        ),
+        ("--preset slg-uncond --stg-layers 1", ["in uncond", "7 of 8 block-rows"]),
+    ],
+)
+def test_plans_of_conventions(model, capsys, options, needles):
+    assert cli.main(["plan", "--model", model, *options.split()]) == 0
+    out = capsys.readouterr().out
+    for needle in needles:
+        assert needle in out
 
 
 @pytest.mark.parametrize(
