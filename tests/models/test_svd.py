@@ -68,7 +68,7 @@ def test_resnets_run_on_the_rows_that_differ(unet, inputs):
         ("down_blocks.0.downsamplers.0", 2),
         ("up_blocks.0.upsamplers.0", 2),
         ("up_blocks.1.attentions.0.proj_in", 2),
-        ("up_blocks.1.attentions.0.proj_out", 3),
+        ("down_blocks.0.attentions.0.proj_out", 2),
         ("up_blocks.1.attentions.0.norm", 2),
         ("up_blocks.1.attentions.1.time_pos_embed", 1),
         ("conv_out", 3),
@@ -79,6 +79,14 @@ def test_other_modules_run_on_the_rows_that_differ(unet, inputs, path, rows):
     with Denoiser(unet, LAST, kernels="off") as denoiser:
         denoiser.branches(*inputs)
     assert seen == [rows]
+
+
+@pytest.mark.parametrize("path", ["conv_norm_out", "conv_out"])
+def test_serial_runs_the_last_modules_row_by_row(unet, inputs, path):
+    seen = record(at(unet, path))
+    with Denoiser(unet, LAST, execution="serial", kernels="off") as denoiser:
+        denoiser.branches(*inputs)
+    assert seen == [1 / VIDEOS] * 3 * VIDEOS
 
 
 def test_embeddings_of_time_run_once(unet, inputs):
