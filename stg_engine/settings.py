@@ -120,7 +120,7 @@ def choose_setting(model: Model, options: Options) -> Setting:
     """
     name = options.preset
     if name is None and options.stg_layers is None and options.stg_scale != 0 and not model.is_shipped:
-        name = model.spec.presets.get(model.num_layers)
+        name = model.name if model.name in PRESETS else model.spec.presets.get(model.num_layers)
     convention = CONVENTIONS.get(name or "")
     if convention is not None and options.stg_layers is None:
         raise ValueError(f"preset={name!r} says how to combine, for any model: name the blocks with --stg-layers too")

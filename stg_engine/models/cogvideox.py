@@ -55,5 +55,6 @@ COGVIDEOX = register(
         once_per_prompt=("patch_embed.text_proj",),
         per_row={"norm_final": (0,), "norm_out": (0, "temb"), "proj_out": (0,)},
         fused="cogvideox",
+        presets={30: "cogvideox-2b", 42: "cogvideox-5b"},
     )
 )

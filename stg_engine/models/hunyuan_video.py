@@ -77,6 +77,7 @@ HUNYUAN_VIDEO = register(
             "norm_out": (0, 1),
             "proj_out": (0,),
         },
+        presets={60: "hunyuan-video"},
     )
 )
 

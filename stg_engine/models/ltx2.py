@@ -73,5 +73,6 @@ LTX_2 = register(
             f"{modality}attn2.{name}" for modality in ("", "audio_") for name in ("to_k", "norm_k", "to_v")
         ),
         per_row={"proj_out": (0,), "audio_proj_out": (0,)},
+        presets={48: "ltx-2.3"},
     )
 )

@@ -58,5 +58,6 @@ SVD = register(
             ("time_embedding", "add_embedding", *_in_unet("attentions.*.time_pos_embed")), (0,)
         ),
         one_key_attention=("attn2",),
+        presets={16: "svd"},
     )
 )

@@ -54,7 +54,8 @@ WAN = register(
         ),
         per_row={"proj_out": (0,)},
         fused="wan",
+        presets={30: "wan-2.1-1.3b-community", 40: "wan-2.1-14b-community"},
     )
 )
 
-SKYREELS_V2 = register(replace(WAN, family="SkyReels-V2", transformer="SkyReelsV2Transformer3DModel"))
+SKYREELS_V2 = register(replace(WAN, family="SkyReels-V2", transformer="SkyReelsV2Transformer3DModel", presets={}))

@@ -1,12 +1,17 @@
 """STGGuidance in a modular pipeline against the passes apart, and as a guider that can be saved."""
 
+from types import ModuleType
+
 import pytest
 import torch
-from engine.tiny import tiny_pipeline
+from diffusers import WanPipeline
+from diffusers.modular_pipelines import LTXAutoBlocks, Wan22Blocks, WanBlocks
+from diffusers.video_processor import VideoProcessor
+from engine.tiny import tiny_inputs, tiny_pipeline
 from models.case import relative_error
+from models.pipelines import wan
 
 from stg_engine import Denoiser, ScheduleEntry, Skip, STGConfig, STGGuidance, STGSchedule
-from stg_engine.reference import passes_one_by_one
 
 CALL = {
     "prompt": "a red cat",
@@ -21,18 +26,27 @@ CALL = {
 CONFIG = STGConfig(layers=(1,), scale=1.5, extra_skips=(Skip((2,), 0.5, "attention"),))
 
 
-@pytest.fixture
-def pipe():
-    from diffusers.modular_pipelines import LTXAutoBlocks
-
-    parts = tiny_pipeline().components
-    pipe = LTXAutoBlocks().init_pipeline()
-    pipe.update_components(**{name: part for name, part in parts.items() if part is not None})
+def modular(blocks, parts):
+    pipe = blocks().init_pipeline()
+    pipe.update_components(**{name: part for name, part in parts.items() if name in pipe.components})
     return pipe
 
 
-def latents_of(pipe, guider, **arguments):
-    pipe.update_components(guider=guider)
+@pytest.fixture
+def pipe():
+    return modular(LTXAutoBlocks, tiny_pipeline().components)
+
+
+def wan_pipe(transformers=1):
+    pipe = modular(
+        (WanBlocks, Wan22Blocks)[transformers - 1], wan.build(WanPipeline, wan.unipc, transformers).components
+    )
+    pipe.update_components(video_processor=VideoProcessor(vae_scale_factor=8))
+    return pipe
+
+
+def latents_of(pipe, guider, guider_2=None, **arguments):
+    pipe.update_components(guider=guider, **({} if guider_2 is None else {"guider_2": guider_2}))
     generator = torch.Generator().manual_seed(0)
     return pipe(**{**CALL, "generator": generator, **arguments}, output="latents")
 
@@ -47,17 +61,34 @@ class Apart(STGGuidance):
     def prepare_models(self, denoiser):
         model, inner = denoiser, type(denoiser).forward
 
+        blocks = model.transformer_blocks if hasattr(model, "transformer_blocks") else model.blocks
+
+        def value(attention, args, kwargs, output):
+            return attention.to_out[0](
+                attention.to_v(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            )
+
+        def weak(skip, arguments):
+            modules = [blocks[layer] if skip.mode == "residual" else blocks[layer].attn1 for layer in skip.layers]
+            given = {
+                "residual": lambda block, a, k, out: k.get("hidden_states", a[0] if a else None),
+                "attention": value,
+            }
+            hooks = [m.register_forward_hook(given[skip.mode], with_kwargs=True) for m in modules]
+            (result,) = inner(model, **arguments, return_dict=False)
+            for hook in hooks:
+                hook.remove()
+            return result
+
         def forward(return_dict=False, **arguments):
-            names = ("encoder_hidden_states", "encoder_attention_mask")
-            shared = {k: v for k, v in arguments.items() if k not in names}
-            cond = {k: arguments[k] for k in names}
-            uncond = {k: self._prompts[k][1].to(arguments[k].dtype) for k in names}
-            model.forward = lambda *a, **k: inner(model, *a, **k)
-            b = passes_one_by_one(model, self.config_.skips, shared, cond, uncond if self.guidance_scale > 1 else None)
-            model.forward = forward
-            out = b["cond"] if "uncond" not in b else b["uncond"] + self.guidance_scale * (b["cond"] - b["uncond"])
-            for name, skip in zip(("skip", "skip2"), self.config_.skips, strict=True):
-                out = out + skip.scale * (b["cond"] - b[name])
+            (cond,) = inner(model, **arguments, return_dict=False)
+            negative = {k: c_u[1].to(arguments[k].dtype) for k, c_u in self._prompts.items()}
+            out = cond
+            if self.guidance_scale > 1:
+                (uncond,) = inner(model, **{**arguments, **negative}, return_dict=False)
+                out = uncond + self.guidance_scale * (cond - uncond)
+            for skip in self.config_.skips:
+                out = out + skip.scale * (cond - weak(skip, arguments))
             return (out,)
 
         model.forward = forward
@@ -80,6 +111,19 @@ def test_latents_equal_those_of_passes_apart(pipe, guidance_scale):
     assert "forward" not in vars(pipe.transformer)
 
 
+@pytest.mark.parametrize("transformers", [1, 2], ids=["Wan 2.1", "Wan 2.2"])
+def test_wan(transformers, monkeypatch):
+    cleaner = ModuleType("ftfy")  # what mends a prompt's characters
+    cleaner.fix_text = lambda text: text
+    monkeypatch.setattr("diffusers.modular_pipelines.wan.encoders.ftfy", cleaner, raising=False)
+    call = {"num_frames": 9, "num_inference_steps": 4}
+    pipe = wan_pipe(transformers)
+    more = (lambda kind: {"guider_2": kind(2.0, CONFIG)}) if transformers == 2 else (lambda kind: {})
+    expected = latents_of(pipe, Apart(3.0, CONFIG), **more(Apart), **call)
+    actual = latents_of(pipe, STGGuidance(3.0, CONFIG), **more(STGGuidance), **call)
+    assert relative_error(actual, expected) <= 2e-5
+
+
 def test_prompt_keys_are_computed_once(pipe):
     calls = []
     guider = STGGuidance(3.0, CONFIG)
@@ -90,8 +134,6 @@ def test_prompt_keys_are_computed_once(pipe):
 
 
 def test_the_transformer_is_its_own_outside_the_guiders_steps(pipe):
-    from engine.tiny import tiny_inputs
-
     shared, cond, _ = tiny_inputs()
     with torch.no_grad():
         plain = pipe.transformer(**shared, **cond, return_dict=False)[0]
