@@ -194,6 +194,23 @@ def test_a_pass_of_another_kind_runs_as_it_is(pipe, change):
         assert close(ltx2_pipes.latents(pipe), expected)
 
 
+def test_blocks_that_change_from_step_to_step(pipe):
+    calls = []
+
+    def edit(model, args, arguments):
+        if arguments["spatio_temporal_guidance_blocks"]:
+            calls.append(arguments)
+            return args, arguments | {"spatio_temporal_guidance_blocks": [2] if len(calls) % 3 else [1]}
+        return None
+
+    pipe.transformer.register_forward_pre_hook(edit, with_kwargs=True)
+    expected = ltx2_pipes.latents(pipe)
+    with stg_engine.attach(pipe) as engine:
+        forwards = record(engine)
+        assert close(ltx2_pipes.latents(pipe), expected)
+    assert len(forwards) == 5  # the STG pass on its own in the first and in the last step
+
+
 def test_more_calls_than_passes_are_an_error(pipe):
     with stg_engine.attach(pipe):
         inner = pipe.transformer.forward
