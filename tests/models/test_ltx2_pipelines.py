@@ -292,7 +292,8 @@ def test_a_config_takes_the_place_of_the_pipelines_passes(pipe, config, changes)
     assert forwards == [[len(names) for names in report.plan.rows]] * 3
 
 
-def test_a_window_is_plain_outside(pipe):
+@pytest.mark.parametrize("modality_scale", [1.0, 2.0])
+def test_a_window_is_plain_outside(pipe, modality_scale):
     """The pipeline asks for its weak passes in every step; cond answers where they are off: s (c - c) = 0."""
 
     def states(**changes):
@@ -301,11 +302,12 @@ def test_a_window_is_plain_outside(pipe):
         return found
 
     plain = states(**NO_MODALITY, **NO_STG)
-    with stg_engine.attach(pipe, STGConfig(layers=(1,), scale=1.5, start=0.3, stop=0.6, modality_scale=2.0)) as engine:
+    config = STGConfig(layers=(1,), scale=1.5, start=0.3, stop=0.6, modality_scale=modality_scale)
+    with stg_engine.attach(pipe, config) as engine:
         forwards = record(engine)
-        window = states()
+        window = states(**NO_MODALITY)
         assert engine.report().guided_steps == 1
-    assert [max(rows) for rows in forwards] == [2, 4, 2]
+    assert [max(rows) for rows in forwards] == [2, 3 + (modality_scale > 1), 2]
     assert torch.equal(window[0], plain[0])
     assert relative_error(window[1], plain[1]) > 100 * FP32_RELATIVE
     with stg_engine.attach(pipe, STGConfig(layers=(1,), scale=0.0)):
