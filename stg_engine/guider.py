@@ -10,7 +10,7 @@ import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor, nn
 
-from stg_engine.config import ScheduleEntry, Skip, StepGuidance, STGConfig, STGSchedule, number
+from stg_engine.config import ScheduleEntry, Skip, STGConfig, STGSchedule, number
 from stg_engine.denoiser import Denoiser
 from stg_engine.hooks import ArgumentHook, install, is_installed, remove
 
@@ -114,21 +114,20 @@ class STGGuidance(BaseGuidance):
         denoiser, return_dict = self._denoisers[model], arguments.pop("return_dict", True)
         if return_dict:
             raise ValueError("return_dict=True is not allowed with STGGuidance; pipelines with guiders pass False")
-        guidance = self._guidance(denoiser)
-        scale = self.guidance_scale if guidance.guidance_scale is None else guidance.guidance_scale
         prompt = [name for name in denoiser.spec.prompt if name in arguments]
         shared = {name: value for name, value in arguments.items() if name not in prompt}
-        cond = {name: self._like(arguments[name], name, 0) for name in prompt}
-        uncond = {name: self._like(arguments[name], name, 1) for name in prompt} if scale > 1 else None
-        names, outputs = denoiser.predict(guidance, shared, cond, uncond, forward)
-        return tuple(
-            denoiser.combine(guidance, names, rows, scale, dtype=rows.dtype, is_audio=i > 0)
-            for i, rows in enumerate(outputs)
+        cond, uncond = ({name: self._like(arguments[name], name, which) for name in prompt} for which in (0, 1))
+        is_cfg = self.guidance_scale > 1
+        self._running = None  # the call below comes through here again
+        guided = denoiser(
+            shared,
+            cond,
+            uncond if is_cfg else None,
+            guidance_scale=self.guidance_scale if is_cfg else None,
+            progress=self._step / self._num_inference_steps,
+            sigma=min(1.0, float(self._timestep) / 1000) if denoiser.config.needs_sigma else None,
         )
-
-    def _guidance(self, denoiser: Denoiser) -> StepGuidance:
-        sigma = min(1.0, float(self._timestep) / 1000) if denoiser.config.schedule is not None else None
-        return denoiser.config.at(self._step / self._num_inference_steps, sigma)
+        return guided if isinstance(guided, tuple) else (guided,)
 
     def _like(self, given: Tensor | None, name: str, which: int) -> Tensor | None:
         """The cond (0) or uncond (1) tensor of a prompt argument in the dtype that the pipeline gives it.

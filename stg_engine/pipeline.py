@@ -80,8 +80,9 @@ class Engine:
         self._kind = calls
         self._calls: Calls | None = None
         self._report = new_report(self.denoiser, self.denoiser.plans(), pipe._execution_device)
-        self._steps: Iterator[StepGuidance] = iter(())
+        self._steps: Iterator[tuple[StepGuidance, float | None]] = iter(())
         self._guidance = StepGuidance()
+        self._sigma: float | None = None
         self._timestep: Any = None
         self._count = 0
         self._forwards = [install(denoiser.transformer, _Takeover(self, denoiser), HOOK_NAME) for denoiser in denoisers]
@@ -135,7 +136,7 @@ class Engine:
             self._begin_step(self._calls, timestep)
         if self._count == self._calls.most:
             raise self._too_many_calls()
-        step = Step(self._guidance, self._count, denoiser, forward)
+        step = Step(self._guidance, self._sigma, self._count, denoiser, forward)
         self._count += 1
         if step.guidance.is_plain and not self._calls.sees_plain_steps:
             return forward(**arguments)
@@ -146,9 +147,10 @@ class Engine:
 
     def _begin_step(self, calls: Calls, timestep: Any) -> None:
         try:
-            self._guidance = calls.guidance(next(self._steps), self.config)
+            planned, self._sigma = next(self._steps)
         except StopIteration:
             raise self._too_many_calls() from None
+        self._guidance = calls.guidance(planned, self.config)
         self._timestep, self._count = timestep, 0
         self._report.steps += 1
 
@@ -159,33 +161,41 @@ class Engine:
             "callback, or by the pipeline itself); call it outside, or use a Denoiser in a loop of your own"
         )
 
-    def _plan_steps(self, calls: Calls) -> Iterator[StepGuidance]:
-        """The guidance of each step of the loop that begins. Raises what `Calls.check` raises, before the first."""
-        count, sigmas = self.pipe.num_timesteps, None
-        if self.config.schedule is not None:
-            sigmas = getattr(self.pipe.scheduler, "sigmas", None)
-            if sigmas is None:
-                raise ValueError(
-                    f"schedule is not allowed with {type(self.pipe.scheduler).__name__}, which has no sigmas; use a "
-                    "flow-matching scheduler, or a config without a schedule"
-                )
-            # The loop may run the tail of the scheduler's steps (strength below 1); behind the last stands a zero.
-            # Timesteps will not do: some schedulers round them to integers.
-            sigmas = sigmas[-count - 1 : -1].tolist()
-            if len(sigmas) < count:
-                raise ValueError(
-                    f"schedule is not allowed in this call: {type(self.pipe).__name__} gives frames noise levels of "
-                    f"their own, in {count} steps for {len(sigmas)} sigmas"
-                )
-        steps = [self.config.at(i / count, None if sigmas is None else sigmas[i]) for i in range(count)]
+    def _plan_steps(self, calls: Calls) -> Iterator[tuple[StepGuidance, float | None]]:
+        """The guidance and, if it is asked for, sigma of each step of the loop that begins.
+
+        Raises what `Calls.check` raises, before the first.
+        """
+        count = self.pipe.num_timesteps
+        sigmas = self._sigmas(count) if self.config.needs_sigma else [None] * count
+        steps = [self.config.at(i / count, sigma) for i, sigma in enumerate(sigmas)]
         for step in steps:
             calls.check(step)
         self._report.note = self._schedule_note(steps)
-        return iter(steps)
+        return zip(steps, sigmas, strict=True)
+
+    def _sigmas(self, count: int) -> list[float]:
+        what = "schedule" if self.config.schedule is not None else f"space={self.config.space!r}"
+        what = f"zero_init={self.config.zero_init}" if self.config.zero_init < 1 else what
+        sigmas = getattr(self.pipe.scheduler, "sigmas", None)
+        if sigmas is None:
+            raise ValueError(
+                f"{what} is not allowed with {type(self.pipe.scheduler).__name__}, which has no sigmas; use a "
+                "flow-matching scheduler, or a config that needs no noise levels"
+            )
+        # The loop may run the tail of the scheduler's steps (strength below 1); behind the last stands a zero.
+        # Timesteps will not do: some schedulers round them to integers.
+        sigmas = sigmas[-count - 1 : -1].tolist()
+        if len(sigmas) < count:
+            raise ValueError(
+                f"{what} is not allowed in this call: {type(self.pipe).__name__} gives frames noise levels of their "
+                f"own, in {count} steps for {len(sigmas)} sigmas"
+            )
+        return sigmas
 
     def _schedule_note(self, steps: list[StepGuidance]) -> str:
         scheduled = [step.guidance_scale for step in steps if step.guidance_scale is not None]
-        if not set(scheduled) - {self.pipe.guidance_scale}:
+        if not scheduled or not set(scheduled) - {self.pipe.guidance_scale}:
             return ""
         values = ", ".join(f"{scale:g}" for scale in sorted(set(scheduled)))
         use = f"in {len(steps) - len(scheduled)} of {len(steps)} steps" if len(scheduled) < len(steps) else "nowhere"

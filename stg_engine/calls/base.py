@@ -20,12 +20,14 @@ class Step:
     """A call in a step of the loop.
 
     guidance  the step's
+    sigma     its noise level, None where the config does not ask for it
     call      0 for the first call in the step, 1 for the second, ...
     denoiser  on the model that was called
     forward   that model's forward below the hook
     """
 
     guidance: StepGuidance
+    sigma: float | None
     call: int
     denoiser: Denoiser
     forward: Any
@@ -91,6 +93,11 @@ class Calls:
                 f"guidance_rescale={self.rescale()} and rescale={guidance.rescale} are the same operation; "
                 "set one of them"
             )
+        if guidance.needs_uncond and self.has_uncond() is False:
+            raise ValueError(
+                f"weak_pass={guidance.weak_pass!r} acts through CFG, which is off in this call of the pipeline; switch "
+                "it on, or use weak_pass='prompt'"
+            )
         if (guidance.guidance_scale or 0) > 1 and not self.has_uncond():
             raise ValueError(
                 f"guidance_scale={guidance.guidance_scale} in the schedule needs the negative prompt; "
@@ -101,8 +108,11 @@ class Calls:
         """Whether the step needs the uncond branch, if the pipeline has one."""
         return guidance.guidance_scale is None or guidance.guidance_scale > 1
 
-    def results(self, step: Step, names: tuple[str, ...], rows: Tensor) -> dict[str, Tensor]:
-        """What the pipeline gets for its cond row and, if it has one, its uncond row, of the branches' `rows`."""
+    def results(self, step: Step, names: tuple[str, ...], rows: Tensor, **options: Any) -> dict[str, Tensor]:
+        """What the pipeline gets for its cond row and, if it has one, its uncond row, of the branches' `rows`.
+
+        `options` are those of `Denoiser.combine`.
+        """
         denoiser, guidance = step.denoiser, step.guidance
         scale: float | Tensor | None = guidance.guidance_scale
         if scale is None:
@@ -110,7 +120,12 @@ class Calls:
         if scale is None:
             self._check_scale_is_not_needed(step)
             return self.with_skip_term(guidance, names, rows)
-        guided = denoiser.combine(guidance, names, rows, scale, self.rescale(), self._dtype(rows))
+        return self.in_every_row(
+            denoiser.combine(guidance, names, rows, scale, self.rescale(), self._dtype(rows), **options)
+        )
+
+    def in_every_row(self, guided: Tensor) -> dict[str, Tensor]:
+        """The guided prediction for each row that the pipeline asked for."""
         return dict.fromkeys(("cond", "uncond") if self.has_uncond() else ("cond",), guided)
 
     def with_skip_term(self, step: StepGuidance, names: tuple[str, ...], rows: Tensor) -> dict[str, Tensor]:

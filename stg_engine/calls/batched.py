@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stg_engine.calls.base import Calls, Step, output_like
+from stg_engine.guidance import zero_init
 from stg_engine.inputs import split_rows
 
 
@@ -17,11 +18,22 @@ class Batched(Calls):
     def predict(self, step: Step, arguments: dict[str, Any]) -> Any:
         return_dict = arguments.pop("return_dict", True)
         shared, cond, uncond = split_rows(step.denoiser.spec, arguments, 2 if self.has_uncond() else 1)
-        uncond = uncond if self.reads_uncond(step.guidance) else None
-        names, (rows, *_) = step.denoiser.predict(step.guidance, shared, cond, uncond, step.forward)
-        results = self.results(step, names, rows)
+        latents, sigma = shared.get(step.denoiser.spec.latents[0]), self._sigma(step, shared)
+        if step.guidance.is_zero:
+            results = self.in_every_row(zero_init(latents, sigma))
+        else:
+            uncond = uncond if self.reads_uncond(step.guidance) else None
+            names, (rows, *_) = step.denoiser.predict(step.guidance, shared, cond, uncond, step.forward)
+            results = self.results(step, names, rows, latents=latents, sigma=sigma)
         ordered = [results[name] for name in ("uncond", "cond") if name in results]
         return output_like(ordered[0] if len(ordered) == 1 else torch.cat(ordered), return_dict=return_dict)
+
+    def _sigma(self, step: Step, shared: dict[str, Any]) -> float | Tensor | None:
+        """The step's noise level, of each token where they have timesteps of their own: [B, S]."""
+        timestep = shared.get("timestep")
+        if step.sigma is None or not isinstance(timestep, Tensor) or timestep.ndim != 2:
+            return step.sigma
+        return timestep / self.pipe.scheduler.config.num_train_timesteps
 
 
 class LateScale(Batched):

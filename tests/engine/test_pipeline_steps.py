@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import LTXConditionPipeline, UniPCMultistepScheduler
+from diffusers import LTXConditionPipeline, LTXImageToVideoPipeline, LTXPipeline, UniPCMultistepScheduler
 from engine.tiny import latents_of, on_step, tiny_pipeline
 from PIL import Image
 
 import stg_engine
 from stg_engine import ScheduleEntry, STGConfig, STGSchedule
+from stg_engine.reference import three_passes
 
 CONFIG = STGConfig(layers=(2,), scale=1.5)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
@@ -41,6 +42,58 @@ def test_schedule_sets_scale_layers_and_guidance_per_sigma():
     index = [next((i for i, entry in enumerate(entries) if entry.sigma <= sigma), 2) for sigma in sigmas]
     assert rows[:4] == [expected[i] for i in index]
     assert set(index) == {0, 1, 2}
+
+
+CONVENTIONS = {
+    "x0": STGConfig(layers=(2,), scale=1.5, rescale=0.7, space="x0"),
+    "zero_init": STGConfig(layers=(2,), scale=1.5, zero_init=0.95),
+    "negative_prompt": STGConfig(layers=(2,), scale=1.5, weak_pass="negative_prompt"),
+    "uncond": STGConfig(layers=(2,), weak_pass="uncond"),
+    "rescale_cfg": STGConfig(layers=(2,), scale=1.5, rescale=0.7, rescale_cfg=True, stop=0.5),
+}
+
+
+@pytest.mark.parametrize("kind", [LTXPipeline, LTXImageToVideoPipeline], ids=["t_per_video", "t_per_token"])
+@pytest.mark.parametrize("config", CONVENTIONS.values(), ids=CONVENTIONS)
+def test_conventions(config, kind):
+    """The pipeline's steps with `three_passes` in the transformer's place."""
+    pipe, call = tiny_pipeline(kind), {"num_inference_steps": 4}
+    if kind is LTXImageToVideoPipeline:
+        call["image"] = PICTURE
+    plain = latents_of(pipe, **call)
+    with stg_engine.attach(pipe, config):
+        actual = latents_of(pipe, **call)
+    model, steps = pipe.transformer, iter(range(4))
+    inner = model.forward
+
+    def forward(**arguments):
+        model.forward = inner
+        names = ("encoder_hidden_states", "encoder_attention_mask")
+        shared = {k: v[:1] if k in ("hidden_states", "timestep") else v for k, v in arguments.items() if k not in names}
+        uncond, cond = ({name: arguments[name][row : row + 1] for name in names} for row in (0, 1))
+        i = next(steps)
+        sigma = pipe.scheduler.sigmas[i].item()
+        tokens = shared["timestep"] / 1000 if shared["timestep"].ndim == 2 else None
+        shared.pop("return_dict")
+        guided = three_passes(
+            model, config, shared, cond, uncond, 3.0, progress=i / 4, sigma=sigma, token_sigmas=tokens
+        )
+        model.forward = forward
+        return (guided.repeat(2, 1, 1),)
+
+    model.forward = forward
+    expected = latents_of(pipe, **call)
+    assert (actual - expected).norm() <= 2e-5 * expected.norm()
+    assert (plain - expected).norm() > 1e-3 * expected.norm()
+
+
+def test_a_weak_pass_that_needs_cfg_is_refused_before_the_first_step_without_it():
+    pipe = tiny_pipeline()
+    with (
+        stg_engine.attach(pipe, CONVENTIONS["negative_prompt"]),
+        pytest.raises(ValueError, match="weak_pass='negative_prompt' acts through CFG"),
+    ):
+        latents_of(pipe, guidance_scale=1.0)
 
 
 def scheduled(*entries):
