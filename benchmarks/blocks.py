@@ -13,10 +13,11 @@ import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from diffusers.models.transformers.transformer_mochi import MochiTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
 from benchmarks.shapes import Shape
-from stg_engine.fused import cogvideox, ltx, mochi
+from stg_engine.fused import cogvideox, ltx, mochi, wan
 
 ROWS, TOKENS, TEXT = 2, 16, 8
 OPS = ("norm_modulate", "qk_norm_rope", "residual_gate", "residual_gate_norm_modulate")
@@ -50,8 +51,24 @@ def _cogvideox(shape: Shape, empty: Callable[..., Tensor]) -> Built:
     return cogvideox, block, arguments
 
 
-BLOCKS = {"LTX": _ltx, "Mochi": _mochi, "CogVideoX": _cogvideox}
+def _wan(shape: Shape, empty: Callable[..., Tensor]) -> Built:
+    c, size = shape.channels, (1, TOKENS, 1, shape.head_size)
+    block = WanTransformerBlock(c, 2 * c, shape.heads, qk_norm="rms_norm_across_heads", cross_attn_norm=True)
+    arguments = {"encoder_hidden_states": empty(ROWS, TEXT, c), "temb": torch.empty(ROWS, 6, c)}
+    return wan, block, {**arguments, "rotary_emb": (torch.empty(size), torch.empty(size))}
+
+
+BLOCKS = {"LTX": _ltx, "Mochi": _mochi, "CogVideoX": _cogvideox, "Wan": _wan}
 """How a shape's model begins -> its block."""
+
+
+def _loaded(block: Any, dtype: torch.dtype) -> Any:
+    """Weights of `dtype`, but for norms and tables that loading leaves in float32 (Wan)."""
+    block = block.to(dtype)
+    if isinstance(block, WanTransformerBlock):
+        block.norm2.float()
+        block.scale_shift_table.data = block.scale_shift_table.data.float()
+    return block
 
 
 def has_fused_block(shape: Shape) -> bool:
@@ -73,4 +90,4 @@ def run_fused_block(shape: Shape, dtype: torch.dtype, row_map: Tensor | None) ->
         family, block, arguments = build(shape, partial(torch.empty, dtype=dtype))
         x = torch.empty(ROWS, TOKENS, shape.channels, dtype=dtype)
         with mock.patch.multiple(family, **{op: partial(getattr(stg_kernels, op), impl="fused") for op in OPS}):
-            family.forward(run, 0, block.to(dtype), hidden_states=x, **arguments)
+            family.forward(run, 0, _loaded(block, dtype), hidden_states=x, **arguments)
