@@ -161,6 +161,14 @@ def test_dtypes_of_norm_weights(path, dtype, expected):
     assert wan.supports(transformer, block, torch.bfloat16) is expected
 
 
+@pytest.mark.parametrize(("path", "eps"), [("attn1.norm_k", 0.5), ("attn1.norm_k", None), ("attn2.norm_q", None)])
+def test_eps_that_the_ops_do_not_have(path, eps):
+    transformer = WITH_IMAGE.transformer(torch.float32)
+    (block,) = transformer.blocks
+    block.get_submodule(path).eps = eps
+    assert not wan.supports(transformer, block, torch.float32)
+
+
 @pytest.mark.parametrize("path", ["attn1", "attn2"])
 def test_context_parallel_attention_runs_as_modules(path):
     transformer = WITH_IMAGE.transformer(torch.float32)
