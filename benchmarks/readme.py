@@ -1,4 +1,4 @@
-"""Write the README's generated parts: `python -m benchmarks.readme`; `--check` only compares, exit status 1 if stale.
+"""Write the generated parts of the docs: `python -m benchmarks.readme`; `--check` compares, exit status 1 if stale.
 
 Each part stands between `<!-- NAME -->` and `<!-- /NAME -->`. Costs come from `stg_engine.plan`, times from the CSV.
 """
@@ -14,10 +14,12 @@ from benchmarks import record
 from stg_engine import Plan, Skip, STGConfig
 from stg_engine.calls import PIPELINES
 from stg_engine.config import StepGuidance
+from stg_engine.conventions import CONVENTIONS
 from stg_engine.models import supported
 from stg_engine.plan import build_plans
+from stg_engine.presets import PRESETS
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 BASELINES = {"diffusers": "diffusers", "eager": "reference"}
 
 # model, blocks, published skip, uncond branch
@@ -154,6 +156,33 @@ def support_table() -> str:
     return "\n".join(lines)
 
 
+def presets_table() -> str:
+    lines = ["| preset | for | skips | combines as | published with | source |", "|---|---|---|---|---|---|"]
+    for preset in PRESETS.values():
+        spec = next((spec for spec in supported() if spec.transformer == preset.transformer), None)
+        is_default = spec is not None and spec.presets.get(preset.blocks) == preset.name
+        name = f"**`{preset.name}`**" if is_default else f"`{preset.name}`"
+        model = f"{'Open-Sora' if spec is None else spec.family}, {preset.blocks} layers"
+        skips = "; ".join(_skip(skip) for skip in preset.config.skips)
+        skips = f"schedule: {skips}" if preset.config.schedule is not None else skips
+        note = f"guidance {preset.guidance_scale:g}, {preset.note}"
+        lines.append(f"| {name} | {model} | {skips} | `{preset.convention}` | {note} | {preset.source} |")
+    return "\n".join(lines)
+
+
+def _skip(skip: Skip) -> str:
+    axis = "" if skip.axis is None else f" {skip.axis}"
+    return f"{skip.mode}{axis} {', '.join(map(str, skip.layers))} at {skip.scale:g}"
+
+
+def conventions_table() -> str:
+    lines = ["| name | fields | what it is | source |", "|---|---|---|---|"]
+    for convention in CONVENTIONS.values():
+        fields = ", ".join(f"{name}={value!r}" for name, value in convention.fields.items())
+        lines.append(f"| `{convention.name}` | `{fields}` | {convention.note} | {convention.source} |")
+    return "\n".join(lines)
+
+
 PARTS = {
     "support": support_table,
     "plan": plan_picture,
@@ -162,26 +191,30 @@ PARTS = {
     "ops": ops_table,
     "attention": attention_table,
 }
+MODELS_PARTS = {"presets": presets_table, "conventions": conventions_table}
+PAGES = {ROOT / "README.md": PARTS, ROOT / "docs/models.md": MODELS_PARTS}
 
 
-def generated(text: str) -> str:
-    """`text` with every part written anew."""
-    for name, write in PARTS.items():
+def generated(page: Path) -> str:
+    """The page's text with every part written anew."""
+    text = page.read_text()
+    for name, write in PAGES[page].items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         part = f"\\1{write()}\n\\2"
         text, count = re.subn(pattern, part, text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md has {count} parts named {name!r}; it must have one")
+            raise SystemExit(f"{page.name} has {count} parts named {name!r}; it must have one")
     return text
 
 
 def main() -> int:
-    text = README.read_text()
+    pages = {page: generated(page) for page in PAGES}
     if "--check" in sys.argv[1:]:
-        return int(generated(text) != text)
-    temporary = README.with_suffix(".tmp")
-    temporary.write_text(generated(text))
-    temporary.replace(README)
+        return int(any(page.read_text() != text for page, text in pages.items()))
+    for page, text in pages.items():
+        temporary = page.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(page)
     return 0
 
 

@@ -1,8 +1,9 @@
-"""The README's generated parts are what the code and the CSV say today."""
+"""The generated parts of the docs are what the code and the CSV say today."""
 
-from benchmarks.readme import README, generated
+import pytest
+from benchmarks.readme import PAGES, generated
 
 
-def test_generated_parts_are_current():
-    text = README.read_text()
-    assert generated(text) == text, "run `make readme`"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_generated_parts_are_current(page):
+    assert generated(page) == page.read_text(), "run `make readme`"
