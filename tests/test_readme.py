@@ -1,6 +1,7 @@
 """The generated parts of the docs are what the code and the CSV say today."""
 
 import pytest
+
 from benchmarks.readme import PAGES, generated
 
 
