@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+JOBS   ?= 2
 CLIP   ?= demo/clip.mp4
 PROMPT ?= a red circle moving right on a gray background
 
@@ -15,7 +16,7 @@ demo: $(VENV)/.base
 	$(BIN)/stg-engine generate --compare --force --out $(CLIP) --prompt "$(PROMPT)"
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -32,7 +33,8 @@ readme: $(VENV)/.test
 
 peers: checkout $(VENV)/.peers
 	$(BIN)/python tests/peers/community.py "$(DIFFUSERS)"
-	$(BIN)/python tests/peers/run.py "$(DIFFUSERS)" $(ARGS)
+	$(BIN)/python tests/peers/run.py "$(DIFFUSERS)" --on models $(ARGS)
+	$(BIN)/python tests/peers/run.py "$(DIFFUSERS)" --on pipelines $(ARGS)
 
 checkout:
 	@test -d "$(DIFFUSERS)/tests/pipelines/ltx" || { echo "make peers DIFFUSERS=<a checkout of diffusers>" >&2; exit 2; }

@@ -26,9 +26,14 @@ def pytest_configure(config):
     serve_locally(transformers.AutoTokenizer, tiny_t5_tokenizer)
     if scale := os.environ.get("STG_PEERS_SCALE"):
         from stg_engine.calls import PIPELINES
+        from stg_engine.models import supported
 
-        for name in PIPELINES:
-            attach_on_init(getattr(diffusers, name), float(scale))
+        on, names = {
+            "pipelines": (attach_on_init, list(PIPELINES)),
+            "models": (hook_on_init, [spec.transformer for spec in supported()]),
+        }[os.environ["STG_PEERS_ON"]]
+        for name in names:
+            on(getattr(diffusers, name), float(scale))
 
 
 def tiny_t5_config():
@@ -80,6 +85,22 @@ def attach_on_init(pipeline_class, scale):
         attached += 1
 
     pipeline_class.__init__ = wrapped
+
+
+def hook_on_init(model_class, scale):
+    """Every model the tests build has a Denoiser's hooks; outside its guided steps the model is as it was."""
+    import stg_engine
+
+    init = model_class.__init__
+
+    @functools.wraps(init)
+    def wrapped(self, *args, **kwargs):
+        global attached
+        init(self, *args, **kwargs)
+        engines[self] = stg_engine.Denoiser(self, stg_engine.STGConfig(layers=(0,), scale=scale))
+        attached += 1
+
+    model_class.__init__ = wrapped
 
 
 def pytest_runtest_logreport(report):

@@ -1,4 +1,4 @@
-"""diffusers' own pipeline tests, plain and with the engine at scale 0: what passes plain must pass with it.
+"""diffusers' own pipeline and model tests, plain and with the engine on: what passes plain must pass with it.
 
     python tests/peers/run.py <checkout of diffusers> [--scale 0] [pytest arguments]
 
@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-FILES = {
+PIPELINES = {
     "ltx": ("test_ltx.py", "test_ltx_image2video.py", "test_ltx_condition.py"),
     "ltx2": ("test_ltx2.py", "test_ltx2_image2video.py", "test_ltx2_condition.py"),
     "mochi": ("test_mochi.py",),
@@ -25,8 +25,18 @@ FILES = {
 }
 
 
-def run(checkout, arguments, scale=""):
-    """Outcome by test name, and how many pipelines had the engine."""
+MODELS = [
+    f"tests/models/transformers/test_models_transformer_{name}.py"
+    for name in ("ltx", "ltx2", "mochi", "cogvideox", "wan")
+]
+FILES = {
+    "pipelines": [f"tests/pipelines/{folder}/{name}" for folder, names in PIPELINES.items() for name in names],
+    "models": MODELS,
+}
+
+
+def run(checkout, arguments, on, scale=""):
+    """Outcome by test name, and how many pipelines or models had the engine."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "outcomes.json")
         env = os.environ | {
@@ -34,11 +44,13 @@ def run(checkout, arguments, scale=""):
             "PYTHONDONTWRITEBYTECODE": "1",  # the checkout stays as it is
             "HF_HUB_OFFLINE": "1",
             "STG_PEERS_SCALE": scale,
+            "STG_PEERS_ON": on,
             "STG_PEERS_OUT": str(out),
         }
-        files = [f"tests/pipelines/{folder}/{name}" for folder, names in FILES.items() for name in names]
         options = ["-m", "pytest", "-q", "--tb=short", "--disable-warnings", "-p", "plugin", "-p", "no:cacheprovider"]
-        subprocess.run([sys.executable, *options, *files, *arguments], cwd=checkout, env=env, stdin=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, *options, *FILES[on], *arguments], cwd=checkout, env=env, stdin=subprocess.DEVNULL
+        )
         if not out.is_file():
             sys.exit("pytest did not start: its message is above")
         result = json.loads(out.read_text())
@@ -48,6 +60,7 @@ def run(checkout, arguments, scale=""):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
+    parser.add_argument("--on", choices=FILES, default="pipelines")
     parser.add_argument("--scale", default="0", help="0 must equal plain diffusers; 1 puts skip rows to the same tests")
     options, arguments = parser.parse_known_args()
 
@@ -55,8 +68,8 @@ def main():
     theirs = re.search(r'__version__ = "(.+)"', source.read_text())[1]
     print(f"tests of diffusers {theirs}, run on diffusers {version('diffusers')}")
 
-    plain, _ = run(options.checkout, arguments)
-    engine, attached = run(options.checkout, arguments, options.scale)
+    plain, _ = run(options.checkout, arguments, options.on)
+    engine, attached = run(options.checkout, arguments, options.on, options.scale)
 
     print(f"\n{'plain':8} {'engine':8} test (those that passed or were skipped in both runs are left out)")
     for name in sorted(plain.keys() | engine.keys()):
@@ -65,7 +78,7 @@ def main():
             print(f"{before:8} {after:8} {name.split('/')[-1]}{'   <- regression' if before == 'passed' else ''}")
     passed = [name for name, outcome in plain.items() if outcome == "passed"]
     lost = [name for name in passed if engine.get(name) != "passed"]
-    print(f"\n{len(passed)} pass plain, {len(passed) - len(lost)} of them with the engine on {attached} pipelines")
+    print(f"\n{len(passed)} pass plain, {len(passed) - len(lost)} of them with the engine on {attached} {options.on}")
     if not passed or not attached:
         sys.exit("nothing was compared")
     sys.exit(1 if lost else 0)
