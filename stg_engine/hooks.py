@@ -39,6 +39,8 @@ class ArgumentHook(EngineHook):
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         self.signature = signature_of(type(module))
+        names = (name for name, p in self.signature.parameters.items() if p.kind is p.VAR_KEYWORD)
+        self.further = next(names, "")
         return module
 
     def bind(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -46,8 +48,8 @@ class ArgumentHook(EngineHook):
         if not args:
             return kwargs
         bound = self.signature.bind_partial(module, *args, **kwargs).arguments
-        arguments = {k: v for k, v in bound.items() if k not in ("self", "kwargs")}
-        return {**arguments, **bound.get("kwargs", {})}
+        arguments = {k: v for k, v in bound.items() if k not in ("self", self.further)}
+        return {**arguments, **bound.get(self.further, {})}
 
 
 def runs_own_forward(module: nn.Module) -> bool:
