@@ -29,6 +29,7 @@ PIPELINES: dict[str, type[Calls]] = {
     "HunyuanVideoImageToVideoPipeline": TrueCFG,
     "HunyuanSkyreelsImageToVideoPipeline": TrueCFG,
     "LattePipeline": SameDtype,
+    "AllegroPipeline": SameDtype,
     "StableVideoDiffusionPipeline": PerFrame,
 }
 """Subclasses of a pipeline match too."""

@@ -50,19 +50,35 @@ class LateScale(Batched):
         return None
 
 
-class SameDtype(Batched):
-    """Latte: its scheduler gives latents the dtype of the prediction, and the transformer takes no other than its own.
+class FixedScale(Batched):
+    """Sana-Video: the guidance scale is a local of the call; in a step a callback can but switch CFG off."""
 
-    The rows that go back are rounded to that; `r + g (r - r) = r` holds as it does in float32.
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self._scale = pipe.guidance_scale
+
+    def guidance_scale(self, model: Any) -> float:
+        return float(self._scale)
+
+
+class SameDtype(FixedScale):
+    """Latte, Allegro: the scheduler gives latents the dtype of the prediction, and the transformer takes only its own.
+
+    The rows that go back are rounded to that; `r + g (r - r) = r` holds as it does in float32. CFG is on or off for the
+    loop.
     """
 
     dtype = None
 
+    def has_uncond(self) -> bool:
+        return bool(self._scale > 1)
 
-class PerFrame(SameDtype):
-    """Stable Video Diffusion: a guidance scale per frame, [B, F, 1, 1, 1], fixed for the loop."""
+
+class PerFrame(Batched):
+    """Stable Video Diffusion: a guidance scale per frame, [B, F, 1, 1, 1], CFG for the loop, dtypes as in Latte."""
 
     models = ("unet",)
+    dtype = None
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
