@@ -74,7 +74,7 @@ class Denoiser:
             )
         self.memo = Memo()
         self.differences: dict[str, Tensor] = {}
-        self._attentions = self._in_blocks(self.spec.self_attention)
+        self._attentions = self._in_blocks((*self.spec.self_attention, *self.spec.links))
         self.fusion = Fusion(self.spec.fused, kernels)
         self._combiner = Combiner(self.config, self.fusion)
         self._slot = Slot()
@@ -279,9 +279,9 @@ class Denoiser:
 
     def _refuse_replaced_modules(self) -> None:
         blocks = self.spec.block_list(self.transformer)
-        attentions = self._in_blocks(self.spec.self_attention)
+        attentions = self._in_blocks((*self.spec.self_attention, *self.spec.links))
         if any(map(operator.is_not, blocks, self.blocks)) or any(map(operator.is_not, attentions, self._attentions)):
-            raise RuntimeError("a block or its self-attention was replaced; detach and attach again")
+            raise RuntimeError("a block or an attention in it was replaced; detach and attach again")
 
     def _check_config(self) -> None:
         if not isinstance(self.config, STGConfig):

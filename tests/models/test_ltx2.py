@@ -104,6 +104,16 @@ def test_model_of_one_modality_refuses_modality_guidance():
         STGConfig(layers=(1,), modality_scale=0.5)
 
 
+def test_replaced_attention_between_modalities_is_noticed():
+    """Its hook is gone, so that the modality branch would not be isolated there."""
+    model, other = (ltx2.model("LTX-2", torch.float32) for _ in range(2))
+    inputs = ltx2.inputs("LTX-2", 1, torch.float32)
+    with Denoiser(model, config_of(), kernels="off") as denoiser:
+        model.transformer_blocks[1].audio_to_video_attn = other.transformer_blocks[1].audio_to_video_attn
+        with pytest.raises(RuntimeError, match="was replaced; detach and attach again"):
+            denoiser.branches(*inputs)
+
+
 def test_modality_guidance_follows_start_and_stop():
     config = config_of((1,), scale=0.0, start=0.5, rescale=0.3)
     assert config.is_on
