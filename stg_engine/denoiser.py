@@ -213,6 +213,7 @@ class Denoiser:
             texts = tuple(value for value in prompt if value is not None)
             self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused, texts, **lengths)
             outputs = self._outputs(forward, rows)
+            self._slot.run.check_is_next(plan.num_blocks)
         except BaseException:
             self.release()
             raise

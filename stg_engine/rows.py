@@ -19,10 +19,16 @@ from torch import Tensor, nn
 from stg_engine.hooks import ArgumentHook, Forward
 from stg_engine.layout import Rows, chunk_ranges, each_row, join, narrow, select
 from stg_engine.memo import Memo
+from stg_engine.models import modules_at
 from stg_engine.plan import Plan
 
 Row = tuple[str, int]
 """(branch, video)"""
+
+_LOST = (
+    "{} did not run through stg_engine's hook: something put another forward in its place, or the model left it out; "
+    "detach and attach again"
+)
 
 
 @dataclass
@@ -68,9 +74,11 @@ class Run:
         self._once: dict[Any, tuple[Any, Any]] = {}
         self._current: list[Row] = []
         self._attended: dict[tuple[int, Row], Rows] = {}
+        self._attentions: set[int] = set()
 
     def block(self, index: int, module: nn.Module, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run block `index` on the rows that the plan gives it; returns what the module returns, with those rows."""
+        self.check_is_next(index)
         fused = self.fused[index]
         if fused is not None:
             forward = partial(fused, self, index, module)
@@ -95,7 +103,10 @@ class Run:
                 arguments[name] = self._take(arguments[name], names)
         arguments.update(zip(self.spec.streams, inputs, strict=True))
         rows = [(name, video) for name in names for video in range(self.videos)]
+        self._attentions.clear()
         outputs = self._in_chunks(forward, arguments, rows, (*self.spec.streams, *carriers))
+        if self.plan.skipping_attention(index):
+            self._check_attentions(index, module)
         self._attended.clear()
         self._current = []
         self._live, self._next = names, index + 1
@@ -105,6 +116,15 @@ class Run:
             self._live = self.names
             self._states.clear()
         return outputs if len(outputs) > 1 else outputs[0]
+
+    def check_is_next(self, index: int) -> None:
+        """RuntimeError if a block before `index` ran past its hook. Where all rows are back between blocks, it may."""
+        if index != self._next and self.spec.between_blocks is None:
+            raise RuntimeError(_LOST.format(f"block {self._next}"))
+
+    def _check_attentions(self, index: int, module: nn.Module) -> None:
+        if {id(attention) for attention in modules_at(module, self.spec.self_attention)} - self._attentions:
+            raise RuntimeError(_LOST.format(f"the self-attention of block {index}"))
 
     @property
     def is_padded(self) -> bool:
@@ -195,6 +215,7 @@ class Run:
         values_again  what rows that skip get, from V of these rows of the last call of `forward`: at its fork a branch
                       has the input, so the V, of the branch that it forks from
         """
+        self._attentions.add(id(module))
         twins = self.plan.shared_attention(index)
         skipped = self.skipping_attention(index)
         if not twins and not skipped:

@@ -252,6 +252,20 @@ def test_replaced_modules_are_noticed(which):
             kept.attn1 = attention
 
 
+@pytest.mark.parametrize("lost", ["transformer_blocks.1", "transformer_blocks.3", "transformer_blocks.1.attn1"])
+def test_a_forward_put_in_the_place_of_a_hook_is_noticed(lost):
+    """Where all branches have rows, the block would run on them, and skip nothing."""
+    transformer = tiny_transformer()
+    with torch.no_grad(), Denoiser(transformer, STGConfig(layers=(0, 1, 3), mode="attention")) as denoiser:
+        expected = denoiser(*tiny_inputs(), guidance_scale=3.0)
+        module = transformer.get_submodule(lost)
+        hooked = vars(module).pop("forward")
+        with pytest.raises(RuntimeError, match="did not run through stg_engine's hook"):
+            denoiser(*tiny_inputs(), guidance_scale=3.0)
+        module.forward = hooked
+        assert torch.equal(denoiser(*tiny_inputs(), guidance_scale=3.0), expected)
+
+
 def test_no_videos(denoiser):
     shared, cond, uncond = tiny_inputs()
     empty = [{k: v[:0] if isinstance(v, torch.Tensor) else v for k, v in i.items()} for i in (shared, cond, uncond)]
