@@ -1,7 +1,8 @@
 """Pipelines that call their model once per branch: cond first, then uncond if there is one.
 
 Both calls of a step are answered by one forward: the first returns a tensor that the second fills. That is right where
-the pipeline computes nothing with the first result before it has the second, as in all pipelines listed for it.
+the pipeline computes nothing with the first result before it has the second, as in all pipelines listed for it. The
+tensor is held weakly: if it is gone when the second call comes, the pipeline has a copy of it, which cannot be filled.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 from stg_engine.calls.base import Calls, Step, output_like
 
@@ -22,7 +24,7 @@ class Sequential(Calls):
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
         self._first: dict[str, Any] = {}
-        self._unfilled: Tensor | None = None
+        self._unfilled: TensorWeakRef | None = None
 
     def predict(self, step: Step, arguments: dict[str, Any]) -> Any:
         return_dict = arguments.pop("return_dict", True)
@@ -41,8 +43,9 @@ class Sequential(Calls):
         self.end()
         self._first = arguments
         if self.has_uncond():
-            self._unfilled = self._nothing_yet(step, arguments)
-            return self._unfilled
+            answer = self._nothing_yet(step, arguments)
+            self._unfilled = TensorWeakRef(answer)
+            return answer
         shared, cond = _split(step, arguments)
         return self.results(step, *_predict(step, shared, cond))["cond"]
 
@@ -56,8 +59,15 @@ class Sequential(Calls):
                 f"latents: {', '.join(differing) or 'guidance is off'}"
             )
         read = uncond if self.reads_uncond(step.guidance) else None
+        answer = self._unfilled()
+        if answer is None:
+            raise RuntimeError(
+                f"what the first call of the model in a step of the {type(self.pipe).__name__} returned was copied "
+                "before the second call, which fills it (by a forward hook on the transformer, or by moving it to "
+                "another device); take the hook off, or use a Denoiser in a loop of your own"
+            )
         results = self.results(step, *_predict(step, shared, cond, read))
-        self._unfilled.copy_(results["cond"])
+        answer.copy_(results["cond"])
         self._unfilled = None
         return results["uncond"]
 

@@ -243,6 +243,20 @@ def test_a_model_that_is_called_once_more_is_refused():
         case.latents(pipe, callback_on_step_end=at_step(0, ask))
 
 
+def test_an_answer_that_was_copied_before_it_is_filled_is_an_error():
+    """The copy would stay NaN."""
+    case = BY_NAME["WanPipeline"]
+    pipe = case.build()
+    with stg_engine.attach(pipe, CONFIG):
+        expected = case.latents(pipe)
+        hook = pipe.transformer.register_forward_hook(lambda module, args, output: (output[0] * 1.0,))
+        with pytest.raises(RuntimeError, match="was copied before the second call"):
+            case.latents(pipe)
+        hook.remove()
+        pipe.transformer.register_forward_hook(lambda module, args, output: None)
+        assert torch.equal(case.latents(pipe), expected)
+
+
 LONG = {"num_frames": 17, "overlap_history": 5}  # three loops
 FORCED = [
     ("SkyReelsV2DiffusionForcingPipeline", {"ar_step": 1}, {}),
