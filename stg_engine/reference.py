@@ -1,12 +1,13 @@
 """Three-pass STG, written to be obviously right: the oracle of the tests and the baseline of `generate --compare`.
 
-Every branch is a full pass of an untouched LTX-Video transformer; nothing is shared. A skipped block is computed and
-its result thrown away by a forward hook, as the published batched pipelines do: a step costs 3.0 pass-equivalents.
+Every branch is a full pass of an untouched transformer; nothing is shared. A skipped block is computed and its result
+thrown away by a forward hook, as the published batched pipelines do: a step costs 3.0 pass-equivalents. The family's
+`ModelSpec` gives the names of arguments and blocks, and what skipped self-attention returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from stg_engine.config import Skip, STGConfig
-
-# Arguments of the transformer with one entry per video that all branches share.
-_LATENTS = ("hidden_states", "timestep", "video_coords")
+from stg_engine.hooks import is_installed, signature_of
+from stg_engine.models import modules_at, spec_of
 
 
 def three_passes(
@@ -32,17 +32,18 @@ def three_passes(
     token_sigmas: Tensor | None = None,
     one_batch: bool = False,
 ) -> Tensor:
-    """Guided prediction of one step, [B, S, C] in the transformer's dtype.
+    """Guided prediction of one step, [B, ...] in the transformer's dtype.
 
     `u + g(c-u) + sum_i s_i (c-p_i)`, or `c + sum_i s_i (c-p_i)` without u; then times `r*std(c)/std(out) + (1-r)`,
     std with N-1, per sample or over the batch; which pass is weak and in which space, as `config` says. Arguments are
     those of `Denoiser.__call__`.
     A schedule's entry with a guidance scale of at most 1 drops u. `one_batch` runs the passes as one call on all their
     rows, else they are calls of their own, one after another.
-    TypeError for a transformer without LTX-Video blocks, ValueError for one that an engine is attached to.
+    TypeError for a transformer without a `ModelSpec` or with several outputs, ValueError for one that an engine is
+    attached to.
     """
     step = config.at(progress, sigma)
-    x, level = shared["hidden_states"], sigma if token_sigmas is None else token_sigmas[..., None]
+    x, level = {**shared, **cond}[spec_of(transformer).latents[0]], sigma if token_sigmas is None else token_sigmas[..., None]
     if step.is_zero:
         return _from_x0(x.float() * 0, x.float(), level).to(x.dtype)
     if step.guidance_scale is not None:
@@ -60,20 +61,25 @@ def three_passes(
     if uncond is not None:
         u = branches["uncond"]
         if config.cfg_star and not is_plain:
-            u = (c * u).flatten(1).sum(1)[:, None, None] / (u.flatten(1).square().sum(1)[:, None, None] + 1e-8) * u
+            u = _per_video((c * u).flatten(1).sum(1) / (u.flatten(1).square().sum(1) + 1e-8), u) * u
         out = u + guidance_scale * (c - u)
     before = out if config.weak_pass == "negative_prompt" else c
     for skip, name in zip(step.skips, _names(step.skips), strict=True):
         if name in branches:
             out = out + skip.scale * (before - branches[name])
     if step.rescale > 0 and config.rescale_over == "sample":
-        ratio = torch.stack([c_i.std() / out_i.std() for c_i, out_i in zip(c, out, strict=True)])[:, None, None]
-        out = out * (step.rescale * ratio + (1 - step.rescale))
+        ratio = torch.stack([c_i.std() / out_i.std() for c_i, out_i in zip(c, out, strict=True)])
+        out = out * (step.rescale * _per_video(ratio, out) + (1 - step.rescale))
     elif step.rescale > 0:
         out = out * (step.rescale * c.std() / out.std() + (1 - step.rescale))
     if config.space == "x0" and not is_plain:
         out = _from_x0(out, x, level)
     return out.to(dtype)
+
+
+def _per_video(numbers: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...], to multiply `like` with."""
+    return numbers.view(-1, *[1] * (like.ndim - 1))
 
 
 def _from_x0(clean: Tensor, x: Tensor, level: Any) -> Tensor:
@@ -90,7 +96,7 @@ def passes_one_by_one(
     uncond: dict[str, Any] | None,
     weak_pass: str = "prompt",
 ) -> dict[str, Tensor]:
-    """One plain call per branch: {"cond": [B, S, C], "uncond": ... if given, "skip": ..., "skip2": ..., ...}.
+    """One plain call per branch: {"cond": [B, ...], "uncond": ... if given, "skip": ..., "skip2": ..., ...}.
 
     `weak_pass` as in `STGConfig`: the skip passes read uncond's prompt, or there are none and uncond is skipped.
     """
@@ -101,7 +107,7 @@ def passes_one_by_one(
         branches["uncond"] = transformer(**call, **uncond)[0]
     for name, skip in zip(_names(skips), skips, strict=True):
         name, prompt = _weak(name, weak_pass, cond, uncond)
-        with skipped(transformer, skip.layers, skip.mode):
+        with skipped(transformer, skip):
             branches[name] = transformer(**call, **prompt)[0]
     return branches
 
@@ -118,48 +124,60 @@ def passes_in_one_batch(
     _check_plain(transformer)
     weak = [_weak(name, weak_pass, cond, uncond) for name in _names(skips)]
     prompts = {"cond": cond, **({} if uncond is None else {"uncond": uncond}), **dict(weak)}
-    videos = len(shared["hidden_states"])
     call = dict(shared)
-    for name in _LATENTS:
-        if call.get(name) is not None:
+    for name in spec_of(transformer).latents:
+        if isinstance(call.get(name), Tensor) and call[name].ndim > 0:
             call[name] = torch.cat([call[name]] * len(prompts))
     for name in cond:
         call[name] = None if cond[name] is None else torch.cat([prompt[name] for prompt in prompts.values()])
     with ExitStack() as stack:
         for (name, _), skip in zip(weak, skips, strict=True):
-            index = list(prompts).index(name)
-            rows = slice(index * videos, (index + 1) * videos)
-            stack.enter_context(skipped(transformer, skip.layers, skip.mode, rows))
+            stack.enter_context(skipped(transformer, skip, list(prompts).index(name), len(prompts)))
         output = transformer(**call, return_dict=False)[0]
     return dict(zip(prompts, output.chunk(len(prompts)), strict=True))
 
 
 @contextmanager
-def skipped(transformer: nn.Module, layers: Collection[int], mode: str, rows: slice = slice(None)) -> Iterator[None]:
-    """While open, `transformer.transformer_blocks[k]`, k in `layers`, are skipped in `rows` of the batch.
+def skipped(transformer: nn.Module, skip: Skip, branch: int = 0, branches: int = 1) -> Iterator[None]:
+    """While open, `skip` is done in one of the equal parts of the batch.
 
-    "residual": the block's output is its input. "attention": self-attention returns to_out(to_v(x)).
+    "residual": a block's outputs are its inputs. "attention": self-attention returns what the family's spec says.
     """
+    spec = spec_of(transformer)
 
-    def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        return (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[rows]
+    def part(value: Any) -> Any:
+        """That branch's entries of a tensor whose dim 0 is a multiple of the number of branches."""
+        if isinstance(value, tuple | list):
+            return type(value)(map(part, value))
+        return value.chunk(branches)[branch] if isinstance(value, Tensor) else value
 
-    def pass_through(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def replaced(output: Any, new: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(replaced(a, b) for a, b in zip(output, new, strict=True))
+        if output is None:
+            return None
         output = output.clone()
-        output[rows] = input_of(args, kwargs)
+        part(output).copy_(new)
         return output
 
-    def values(attention: Any, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        output = output.clone()
-        output[rows] = attention.to_out[0](attention.to_v(input_of(args, kwargs)))
-        return output
+    def pass_through(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        inputs = _by_name(block, args, kwargs)
+        streams = tuple(part(inputs[name]) for name in spec.streams)
+        return replaced(output, streams if isinstance(output, tuple) else streams[0])
 
-    blocks: Any = transformer.transformer_blocks
+    def weak_attention(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        inputs = _by_name(attention, args, kwargs)
+        rows = {name: part(value) if name in spec.attention_rows else value for name, value in inputs.items()}
+        return replaced(output, spec.attention_skip(attention, rows))
+
+    layers = [spec.block_list(transformer)[i :: len(spec.axes)] for i in range(len(spec.axes))]
     with ExitStack() as hooks:
-        for layer in layers:
-            block = blocks[layer]
-            module, hook = {"residual": (block, pass_through), "attention": (block.attn1, values)}[mode]
-            hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        for axis, blocks in zip(spec.axes, layers, strict=True):
+            for block in [blocks[layer] for layer in skip.layers if skip.axis in (None, axis)]:
+                modules = [block] if skip.mode == "residual" else modules_at(block, spec.self_attention)
+                hook = {"residual": pass_through, "attention": weak_attention}[skip.mode]
+                for module in modules:
+                    hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
@@ -169,20 +187,33 @@ def moved_block_inputs(transformer: nn.Module) -> Iterator[None]:
 
     What that does to a prediction is what rounding once more per block may do to it. The seed is fixed.
     """
+    spec = spec_of(transformer)
     generators: dict[torch.device, torch.Generator] = {}
 
-    def move(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    def moved(x: Tensor) -> Tensor:
         generator = generators.setdefault(x.device, torch.Generator(x.device).manual_seed(0))
         signs = torch.randint(0, 2, x.shape, generator=generator, device=x.device) * 2 - 1
-        x = x + signs.to(x.dtype) * x.abs() * torch.finfo(x.dtype).eps
-        return ((), {**kwargs, "hidden_states": x}) if "hidden_states" in kwargs else ((x, *args[1:]), kwargs)
+        return x + signs.to(x.dtype) * x.abs() * torch.finfo(x.dtype).eps
 
-    blocks: Any = transformer.transformer_blocks
+    def move(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        inputs = _by_name(block, args, kwargs)
+        return (), {name: moved(value) if name in spec.streams else value for name, value in inputs.items()}
+
     with ExitStack() as hooks:
-        for block in blocks:
+        for block in spec.block_list(transformer):
             hooks.callback(block.register_forward_pre_hook(move, with_kwargs=True).remove)
         yield
+
+
+def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A module's arguments, positional and by keyword, as one dict."""
+    if not args:
+        return dict(kwargs)
+    signature = signature_of(type(module))
+    arguments = dict(signature.bind_partial(module, *args, **kwargs).arguments)
+    others = [name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
+    arguments.pop(next(iter(signature.parameters)))  # self
+    return {**arguments, **(arguments.pop(others[0], {}) if others else {})}
 
 
 def _names(skips: Sequence[Skip]) -> list[str]:
@@ -197,30 +228,31 @@ def _weak(name: str, weak_pass: str, cond: dict[str, Any], uncond: Any) -> tuple
 
 
 def _check_plain(transformer: nn.Module) -> None:
-    blocks = getattr(transformer, "transformer_blocks", None)
-    if blocks is None or not all(hasattr(block, "attn1") for block in blocks):
-        raise TypeError(f"transformer: {type(transformer).__name__} has no LTX-Video blocks, the only ones known here")
-    if any("stg_engine" in getattr(getattr(m, "_diffusers_hook", None), "hooks", {}) for m in (transformer, *blocks)):
+    spec = spec_of(transformer)
+    if spec.links:
+        raise TypeError(f"transformer: {spec.family} predicts video and audio; only models of one output are known here")
+    if any(map(is_installed, (transformer, *spec.block_list(transformer)))):
         raise ValueError("transformer: an engine is attached to it; detach it before running the three-pass reference")
 
 
+Call = tuple[nn.Module, dict[str, Any]]
+
+
 @contextmanager
-def recorded_calls(transformer: nn.Module, indices: Collection[int]) -> Iterator[dict[int, dict[str, Any]]]:
-    """While open, keep the keyword arguments of the calls of `transformer` with these numbers (0, 1, ...).
+def recorded_calls(models: Sequence[nn.Module], step: Callable[[], int | None]) -> Iterator[dict[int, list[Call]]]:
+    """While open, keep the calls of `models` for which `step()` is not None, by that number.
 
-    Yields {call number: arguments}; tensors are the caller's own, which pipelines replace and do not overwrite.
+    Yields {step: [(model, arguments by name), ...]}; tensors are the caller's own, which pipelines replace and do not
+    overwrite.
     """
-    calls: dict[int, dict[str, Any]] = {}
-    count = 0
+    calls: dict[int, list[Call]] = {}
 
-    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        nonlocal count
-        if count in indices:
-            calls[count] = dict(kwargs)
-        count += 1
+    def record(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        number = step()
+        if number is not None:
+            calls.setdefault(number, []).append((model, _by_name(model, args, kwargs)))
 
-    handle = transformer.register_forward_pre_hook(record, with_kwargs=True)
-    try:
+    with ExitStack() as hooks:
+        for model in models:
+            hooks.callback(model.register_forward_pre_hook(record, with_kwargs=True).remove)
         yield calls
-    finally:
-        handle.remove()
