@@ -128,6 +128,7 @@ def _add_setting(parser: argparse.ArgumentParser) -> None:
         "--stg-layers", type=_layers, metavar="K,K,...", help="blocks to skip, 0-based, such as 19 or 14,19"
     )
     group.add_argument("--stg-mode", metavar="MODE", help="residual (STG-R) or attention (STG-A)")
+    group.add_argument("--stg-axis", metavar="AXIS", help="spatial or temporal, in models with blocks for each (Latte)")
     group.add_argument("--rescale", type=float, metavar="R", help="std-rescale, 0 (off) to 1")
 
 
@@ -146,7 +147,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--frames", type=_integer(1), metavar="N", help="number of frames")
     group.add_argument("--height", type=_integer(1), metavar="N", help="pixels")
     group.add_argument("--width", type=_integer(1), metavar="N", help="pixels")
-    group.add_argument("--fps", type=_integer(1), metavar="N", help="frames per second, for the model and in the file")
+    group.add_argument(
+        "--fps", type=_integer(1), metavar="N", help="frames per second in the file, and for a model that takes them"
+    )
     group = parser.add_argument_group("execution")
     group.add_argument("--device", metavar="D", help="such as cuda, cuda:1, cpu (default: cuda where there is one)")
     group.add_argument(

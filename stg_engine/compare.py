@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
@@ -14,8 +15,8 @@ import torch
 from stg_engine.config import STGConfig
 from stg_engine.denoiser import Denoiser
 from stg_engine.inputs import split_rows
-from stg_engine.models import ModelSpec, spec_of
-from stg_engine.reference import moved_block_inputs, three_passes
+from stg_engine.models import spec_of
+from stg_engine.reference import Call, moved_block_inputs, three_passes
 
 STEPS, ROUNDS = 4, 5
 # Two results that differ only by rounding differ by about as much as the noise measured below; 2 is the margin.
@@ -24,14 +25,18 @@ MARGIN = 2.0
 
 @dataclass(frozen=True)
 class Step:
-    """The inputs of one denoising step, split as `Denoiser` takes them."""
+    """The inputs of one denoising step, split as `Denoiser` takes them, and the model that got them.
 
+    sigma  None where the config does not ask for it
+    """
+
+    transformer: torch.nn.Module
     shared: Mapping[str, Any]
     cond: Mapping[str, Any]
     uncond: Mapping[str, Any] | None
     guidance_scale: float
     progress: float
-    sigma: float
+    sigma: float | None
 
 
 @dataclass(frozen=True)
@@ -83,46 +88,54 @@ class Comparison:
         return f"rounding: {cause}" if self.is_equal else f"NOT EQUAL, so no speed-up is stated: {cause}"
 
 
-def recorded_steps(config: STGConfig, steps: int, sigmas: list[float]) -> list[int]:
+def noise_levels(pipe: Any, config: STGConfig) -> list[float | None]:
+    """Per step of the pipeline's last call sigma, or None where the config does not ask for it."""
+    count = pipe.num_timesteps
+    return pipe.scheduler.sigmas[-count - 1 : -1].tolist() if config.needs_sigma else [None] * count
+
+
+def recorded_steps(config: STGConfig, sigmas: Sequence[float | None]) -> list[int]:
     """At most STEPS step numbers, evenly spread over those whose skips are on. ValueError if there are none."""
-    active = [i for i in range(steps) if config.at(i / steps, sigmas[i]).skips]
+    active = [i for i, sigma in enumerate(sigmas) if config.at(i / len(sigmas), sigma).skips]
     if not active:
         raise ValueError("compare: no step has its skips on, so there is nothing to compare")
     count = min(STEPS, len(active))
     return sorted({active[round(i * (len(active) - 1) / max(1, count - 1))] for i in range(count)})
 
 
-def steps_of(
-    spec: ModelSpec, calls: Mapping[int, Mapping[str, Any]], steps: int, sigmas: list[float], guidance_scale: float
-) -> list[Step]:
-    """A pipeline's transformer calls {step number: arguments} on rows [uncond, cond], or [cond] if g <= 1, as `Step`s.
+def steps_of(calls: Mapping[int, Sequence[Call]], sigmas: Sequence[float | None], guidance_scale: float) -> list[Step]:
+    """A pipeline's calls {step number: calls} as `Step`s.
 
-    All steps hold the same prompt tensors, as in the run itself, so that the engine may keep what follows from them.
+    A step is one call on rows [uncond, cond], or [cond] if g <= 1, or a call for cond and one for uncond. All steps of
+    a model hold the same prompt tensors, as in the run itself, so that the engine may keep what follows from them.
     """
-    copies = 2 if guidance_scale > 1 else 1
-    _, cond, uncond = split_rows(spec, next(iter(calls.values())), copies)
+    prompts: dict[torch.nn.Module, tuple[Mapping[str, Any], Mapping[str, Any] | None]] = {}
     result = []
-    for index, call in calls.items():
-        shared, _, _ = split_rows(spec, call, copies)
+    for index, ((model, arguments), *others) in calls.items():
+        copies = 2 if guidance_scale > 1 and not others else 1
+        shared, cond, uncond = split_rows(spec_of(model), arguments, copies)
+        for _, negative in others:
+            _, uncond, _ = split_rows(spec_of(model), negative, 1)
         shared.pop("return_dict", None)
-        result.append(Step(shared, cond, uncond, guidance_scale, index / steps, sigmas[index]))
+        cond, uncond = prompts.setdefault(model, (cond, uncond))
+        result.append(Step(model, shared, cond, uncond, guidance_scale, index / len(sigmas), sigmas[index]))
     return result
 
 
 @torch.no_grad()
-def compare(transformer: torch.nn.Module, config: STGConfig, steps: list[Step], **engine: Any) -> Comparison:
-    """Run every step with a Denoiser (arguments `engine`) and as plain passes of the untouched transformer.
+def compare(config: STGConfig, steps: list[Step], **engine: Any) -> Comparison:
+    """Run every step with a Denoiser (arguments `engine`) and as plain passes of its untouched transformer.
 
     Timed in turns, each step ROUNDS times, so that a machine that slows down slows all of them. Each timed call of the
     engine follows one that is not timed, which computes what is kept for a whole generation.
     """
-    latents = spec_of(transformer).latents[0]
-    device = steps[0].shared[latents].device
+    models = list(dict.fromkeys(step.transformer for step in steps))
+    device = next(models[0].parameters()).device
 
     def plain(step: Step, **options: Any) -> torch.Tensor:
         inputs = (dict(step.shared), dict(step.cond), None if step.uncond is None else dict(step.uncond))
         options.update(progress=step.progress, sigma=step.sigma)
-        return three_passes(transformer, config, *inputs, step.guidance_scale, **options)
+        return three_passes(step.transformer, config, *inputs, step.guidance_scale, **options)
 
     def guided(denoiser: Denoiser, step: Step) -> torch.Tensor:
         at = {"progress": step.progress, "sigma": step.sigma}
@@ -130,18 +143,21 @@ def compare(transformer: torch.nn.Module, config: STGConfig, steps: list[Step], 
         return denoiser(step.shared, step.cond, step.uncond, guidance_scale=g, **at)
 
     expected = [plain(step) for step in steps]
-    with moved_block_inputs(transformer):
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(moved_block_inputs(model))
         moved = [plain(step) for step in steps]
-    with Denoiser(transformer, config, **engine) as denoiser:
-        results = [guided(denoiser, step) for step in steps]
+    with ExitStack() as stack:
+        denoisers = {model: stack.enter_context(Denoiser(model, config, **engine)) for model in models}
+        results = [guided(denoisers[step.transformer], step) for step in steps]
     samples: dict[str, list[float]] = {"engine": [], "one_by_one": [], "one_batch": []}
     for step in steps * ROUNDS:
         samples["one_by_one"].append(_seconds(device, partial(plain, step)))
         samples["one_batch"].append(_seconds(device, partial(plain, step, one_batch=True)))
-        with Denoiser(transformer, config, **engine) as denoiser:
+        with Denoiser(step.transformer, config, **engine) as denoiser:
             guided(denoiser, step)
             samples["engine"].append(_seconds(device, partial(guided, denoiser, step)))
-    skips = max(len(config.at(step.progress, step.sigma).skips) for step in steps)
+    skips = max(len(config.at(step.progress, step.sigma).names) for step in steps)
     return Comparison(
         passes=skips + (1 if steps[0].uncond is None else 2),
         error=max(_distance(a, b) for a, b in zip(results, expected, strict=True)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,21 +19,23 @@ import transformers
 
 import stg_engine
 from stg_engine import demo, env, media
-from stg_engine.compare import Comparison, compare, recorded_steps, steps_of, synchronize
+from stg_engine.arguments import (
+    TEXT_TO_VIDEO,
+    call_arguments,
+    check_pipeline,
+    check_size,
+    default_of,
+    engine_config,
+    guidance_arguments,
+)
+from stg_engine.calls import PIPELINES
+from stg_engine.compare import Comparison, compare, noise_levels, recorded_steps, steps_of, synchronize
 from stg_engine.config import STGConfig
 from stg_engine.plan import Plan, Plans
 from stg_engine.reference import recorded_calls
-from stg_engine.settings import Model, Options, Setting, choose_setting, find_model
+from stg_engine.settings import Model, Options, Setting, choose_setting, find_model, pipeline_class
 
-# The divisor that LTX pipelines demand of height and width whatever the VAE.
-_SIDE = 32
-_CALL = {
-    "height": "height",
-    "width": "width",
-    "frames": "num_frames",
-    "fps": "frame_rate",
-    "steps": "num_inference_steps",
-}
+_CLIP = ("height", "width", "frames", "fps", "steps")
 Warn = Callable[[str], None]
 
 
@@ -85,6 +85,9 @@ def generate(request: Request, warn: Warn) -> str:
     """
     paths = media.output_paths(request.out)
     media.check_writable(paths, request.force)
+    pipeline = pipeline_class(request.model)
+    if pipeline is not None:
+        check_pipeline(str(request.model), pipeline)
     model = find_model(request.model)
     if request.prompt is None and model.is_shipped:
         request = replace(request, prompt=demo.SETTING.prompt)
@@ -94,6 +97,10 @@ def generate(request: Request, warn: Warn) -> str:
         raise ValueError(f"model={model.name!r} is a published shape without weights; name a folder or a hub id")
     setting = choose_setting(model, request)
     plan = setting.plan(model)
+    if request.compare and model.spec.links:
+        raise ValueError(
+            f"compare: {model.spec.family} predicts video and audio; plain passes of that are not known here"
+        )
     if request.compare and setting.config is None:
         raise ValueError("compare: without a skip branch (--stg-scale 0) there is nothing to compare")
     if request.negative_prompt and setting.guidance_scale <= 1:
@@ -102,13 +109,16 @@ def generate(request: Request, warn: Warn) -> str:
     device = _device(request.device)
     dtype = _dtype(request.dtype, device)
     pipe = _load(model, device, dtype)
-    size = _size(request, model, pipe)
+    call = _call(request, model, pipe)
     if model.is_shipped:
         _warn_of_unknown_words(pipe.tokenizer, f"{request.prompt} {request.negative_prompt or ''}", warn)
 
-    with _attached(pipe, setting.config, request):
+    with _attached(pipe, setting, request):
         pass  # what the engine refuses, it refuses here, not after minutes of the other runs
-    clips, comparison = _run_all(pipe, model, setting, request, size)
+    clips, comparison = _run_all(pipe, setting, request, call)
+    size = _size(request, model, pipe, clips[-1])
+    if request.frames not in (None, size["frames"]):
+        warn(f"frames={request.frames}: {type(pipe).__name__} made {size['frames']} frames")
     if comparison is not None and not comparison.is_equal:
         warn("the engine's prediction differs from that of plain passes by more than rounding; please report this")
     metadata = {
@@ -116,6 +126,7 @@ def generate(request: Request, warn: Warn) -> str:
         **{name: value for name, value in asdict(request).items() if name in ("prompt", "negative_prompt", "seed")},
         **size,
         "model": model.name,
+        "pipeline": type(pipe).__name__,
         "preset": setting.preset,
         "guidance_scale": setting.guidance_scale,
         "stg": None if setting.config is None else asdict(setting.config),
@@ -141,30 +152,27 @@ def generate(request: Request, warn: Warn) -> str:
 
 
 def _run_all(
-    pipe: Any, model: Model, setting: Setting, request: Request, size: dict[str, int]
+    pipe: Any, setting: Setting, request: Request, call: dict[str, Any]
 ) -> tuple[list[Clip], Comparison | None]:
     """The clips in the order of the contact sheet's rows, the one asked for last; and the comparison if asked for."""
     g, config = setting.guidance_scale, setting.config
     if not request.compare or config is None:
-        return [_run(pipe, request, size, _label(setting), config, g)], None
-    clips = [_run(pipe, request, size, "no guidance", None, 1.0)]
+        return [_run(pipe, request, call, setting)], None
+    clips = [_run(pipe, request, call, replace(setting, config=None, guidance_scale=1.0))]
     if g > 1:
-        clips.append(_run(pipe, request, size, f"CFG {g:g}", None, g))
-    # Set by the runs above, whose steps are the same.
-    sigmas = pipe.scheduler.sigmas[:-1].tolist()
-    with recorded_calls(pipe.transformer, recorded_steps(config, size["steps"], sigmas)) as calls:
-        clips.append(_run(pipe, request, size, _label(setting), config, g))
-    steps = steps_of(model.spec, calls, size["steps"], sigmas, g)
-    engine = {"execution": request.execution, "max_rows": request.max_rows, "kernels": request.kernels}
-    return clips, compare(pipe.transformer, config, steps, **engine)
-
-
-def _run(
-    pipe: Any, request: Request, size: dict[str, int], label: str, config: STGConfig | None, guidance_scale: float
-) -> Clip:
-    """One call of the pipeline, with the engine attached if there is a config."""
-    device = pipe._execution_device
+        clips.append(_run(pipe, request, call, replace(setting, config=None)))
+    sigmas = noise_levels(pipe, config)  # of the runs above, whose steps are the same
+    wanted = recorded_steps(config, sigmas)
     ticks: list[float] = []
+    with recorded_calls(_models(pipe), lambda: len(ticks) if len(ticks) in wanted else None) as calls:
+        clips.append(_run(pipe, request, call, setting, ticks))
+    engine = {"execution": request.execution, "max_rows": request.max_rows, "kernels": request.kernels}
+    return clips, compare(config, steps_of(calls, sigmas, g), **engine)
+
+
+def _run(pipe: Any, request: Request, call: dict[str, Any], setting: Setting, ticks: list[float] | None = None) -> Clip:
+    """One call of the pipeline, with the engine attached if there is a config; `ticks` gets the end of each step."""
+    device, ticks, label = pipe._execution_device, [] if ticks is None else ticks, _label(setting)
 
     def tick(_pipe: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
         synchronize(device)
@@ -173,15 +181,15 @@ def _run(
 
     pipe.set_progress_bar_config(desc=" ".join(label.split()), disable=None)  # None: only where stderr is a terminal
     start = time.perf_counter()
-    with _attached(pipe, config, request) as engine:
+    with _attached(pipe, setting, request) as engine:
         frames = pipe(
             prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            guidance_scale=guidance_scale,
+            negative_prompt=request.negative_prompt or "",
             generator=torch.Generator("cpu").manual_seed(request.seed),  # the same noise on every device
             output_type="np",
             callback_on_step_end=tick,
-            **{argument: size[name] for name, argument in _CALL.items()},
+            **guidance_arguments(pipe, setting),
+            **call,
         ).frames[0]
         report = "" if engine is None else str(engine.report())
     seconds = time.perf_counter() - start
@@ -189,14 +197,15 @@ def _run(
     return Clip(label, media.to_uint8(frames), seconds, step_seconds, report)
 
 
-def _attached(
-    pipe: Any, config: STGConfig | None, request: Request
-) -> AbstractContextManager[stg_engine.Engine | None]:
-    if config is None:
+def _attached(pipe: Any, setting: Setting, request: Request) -> AbstractContextManager[stg_engine.Engine | None]:
+    if setting.config is None:
         return nullcontext()
-    return stg_engine.attach(
-        pipe, config, execution=request.execution, max_rows=request.max_rows, kernels=request.kernels
-    )
+    options: dict[str, Any] = {"execution": request.execution, "max_rows": request.max_rows, "kernels": request.kernels}
+    return stg_engine.attach(pipe, engine_config(pipe, setting.config), **options)
+
+
+def _models(pipe: Any) -> list[torch.nn.Module]:
+    return [model for name in PIPELINES[type(pipe).__name__].models if (model := getattr(pipe, name, None)) is not None]
 
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
@@ -227,21 +236,22 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
-def _size(request: Request, model: Model, pipe: Any) -> dict[str, int]:
-    """height, width, frames, fps, steps: the request's, else the model's. ValueError if the pipeline cannot make it."""
-    signature = inspect.signature(pipe.__call__).parameters
-    size = {}
-    for name, argument in _CALL.items():
-        default = getattr(demo.SETTING, name) if model.is_shipped else signature[argument].default
-        size[name] = default if getattr(request, name) is None else getattr(request, name)
-    side = math.lcm(_SIDE, pipe.vae_spatial_compression_ratio * pipe.transformer_spatial_patch_size)
-    for name in ("height", "width"):
-        if size[name] % side:
-            raise ValueError(f"{name}={size[name]} is not allowed; it must be a multiple of {side}")
-    group = pipe.vae_temporal_compression_ratio * pipe.transformer_temporal_patch_size
-    if (size["frames"] - 1) % group:
-        raise ValueError(f"frames={size['frames']} is not allowed; it must be a multiple of {group} plus 1")
-    return size
+def _call(request: Request, model: Model, pipe: Any) -> dict[str, Any]:
+    """Size, frame rate and steps as arguments of the pipeline: the request's, else the shipped model's, else its own."""
+    options = {name: getattr(request, name) for name in _CLIP}
+    if model.is_shipped:
+        options = {name: getattr(demo.SETTING, name) if value is None else value for name, value in options.items()}
+    call = call_arguments(pipe, options)
+    check_size(pipe, call)
+    return call
+
+
+def _size(request: Request, model: Model, pipe: Any, clip: Clip) -> dict[str, Any]:
+    """height, width, frames, fps, steps of a finished clip."""
+    frames, height, width = clip.frames.shape[:3]
+    fps = request.fps or (demo.SETTING.fps if model.is_shipped else default_of(pipe, "fps"))
+    fps = fps or TEXT_TO_VIDEO[type(pipe).__name__].fps
+    return {"height": height, "width": width, "frames": frames, "fps": fps, "steps": pipe.num_timesteps}
 
 
 def _warn_of_unknown_words(tokenizer: Any, text: str, warn: Warn) -> None:
@@ -263,7 +273,10 @@ def _label(setting: Setting) -> str:
     if config.schedule is not None:
         return f"CFG + STG\n({setting.preset})"
     skips = [f"STG {skip.scale:g}" for skip in config.skips]
-    details = "; ".join(f"{skip.mode}, layers {','.join(map(str, skip.layers))}" for skip in config.skips)
+    details = "; ".join(
+        f"{f'{skip.axis} ' if skip.axis else ''}{skip.mode}, layers {','.join(map(str, skip.layers))}"
+        for skip in config.skips
+    )
     return f"{' + '.join([cfg, *skips] if cfg else skips)}\n({details})"
 
 

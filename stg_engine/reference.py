@@ -43,7 +43,10 @@ def three_passes(
     attached to.
     """
     step = config.at(progress, sigma)
-    x, level = {**shared, **cond}[spec_of(transformer).latents[0]], sigma if token_sigmas is None else token_sigmas[..., None]
+    x, level = (
+        {**shared, **cond}[spec_of(transformer).latents[0]],
+        sigma if token_sigmas is None else token_sigmas[..., None],
+    )
     if step.is_zero:
         return _from_x0(x.float() * 0, x.float(), level).to(x.dtype)
     if step.guidance_scale is not None:
@@ -230,7 +233,9 @@ def _weak(name: str, weak_pass: str, cond: dict[str, Any], uncond: Any) -> tuple
 def _check_plain(transformer: nn.Module) -> None:
     spec = spec_of(transformer)
     if spec.links:
-        raise TypeError(f"transformer: {spec.family} predicts video and audio; only models of one output are known here")
+        raise TypeError(
+            f"transformer: {spec.family} predicts video and audio; only models of one output are known here"
+        )
     if any(map(is_installed, (transformer, *spec.block_list(transformer)))):
         raise ValueError("transformer: an engine is attached to it; detach it before running the three-pass reference")
 

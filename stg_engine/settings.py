@@ -17,7 +17,18 @@ from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS, Preset
 
 _CONFIG = "transformer/config.json"
-_GUIDANCE_SCALE = 3.0  # LTXPipeline's
+# Of each family's pipeline, by class name of the transformer.
+GUIDANCE_SCALES = {
+    "LTXVideoTransformer3DModel": 3.0,
+    "LTX2VideoTransformer3DModel": 3.0,
+    "MochiTransformer3DModel": 4.5,
+    "CogVideoXTransformer3DModel": 6.0,
+    "HunyuanVideoTransformer3DModel": 1.0,  # beside the distilled guidance
+    "WanTransformer3DModel": 5.0,
+    "SkyReelsV2Transformer3DModel": 6.0,
+    "LatteTransformer3DModel": 7.5,
+    "UNetSpatioTemporalConditionModel": 3.0,
+}
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -61,7 +72,8 @@ class Setting:
         if self.config.schedule is not None:
             return f"{origin}a schedule of {len(self.config.schedule.entries)} entries, {self.config.mode} skip{where}"
         skips = ", ".join(
-            f"{s.mode} skip of {', '.join(map(str, s.layers))}{where} at scale {s.scale:g}" for s in self.config.skips
+            f"{f'{s.axis} ' if s.axis else ''}{s.mode} skip of {', '.join(map(str, s.layers))}{where} at scale {s.scale:g}"
+            for s in self.config.skips
         )
         return f"{origin}{skips}, rescale {self.config.rescale:g}, guidance scale {self.guidance_scale:g}"
 
@@ -95,8 +107,19 @@ def find_model(name: str | None) -> Model:
     if name in PRESETS:
         return Model(name, None, spec_of(PRESETS[name].transformer), PRESETS[name].blocks)
     if _HUB_ID.fullmatch(name):
-        return _from_config(_fetch_config(name), name, name)
+        return _from_config(_fetch(name, _CONFIG), name, name)
     raise ValueError(f"model={name!r} is neither a folder, nor a hub id (owner/name), nor one of {', '.join(PRESETS)}")
+
+
+def pipeline_class(name: str | None) -> str | None:
+    """Class name of the pipeline in a folder or at a hub id (fetches model_index.json); None if there is none."""
+    folder, index = demo.model_path() if name is None else Path(name), "model_index.json"
+    is_hub_id = name is not None and not folder.is_dir() and name not in PRESETS and _HUB_ID.fullmatch(name)
+    path = _fetch(str(name), index) if is_hub_id else folder / index
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["_class_name"]) if path.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model={name!r}: cannot read {path}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +131,7 @@ class Options:
     stg_layers: tuple[int, ...] | None = None
     stg_scale: float | None = None
     stg_mode: str | None = None
+    stg_axis: str | None = None
     rescale: float | None = None
     guidance_scale: float | None = None
 
@@ -129,7 +153,7 @@ def choose_setting(model: Model, options: Options) -> Setting:
     if published is None and options.stg_layers is None and model.is_shipped:
         base = demo.SETTING.config
     typed: dict[str, Any] = {"layers": options.stg_layers, "scale": options.stg_scale, "mode": options.stg_mode}
-    typed["rescale"] = options.rescale
+    typed |= {"axis": options.stg_axis, "rescale": options.rescale}
     changes = {field: value for field, value in typed.items() if value is not None}
     g = _guidance_scale(model, options, published)
     if base is not None and base.schedule is not None:
@@ -168,7 +192,7 @@ def _preset(name: str, model: Model) -> Preset:
 def _guidance_scale(model: Model, options: Options, published: Preset | None) -> float:
     g = options.guidance_scale
     if g is None:
-        default = demo.SETTING.guidance_scale if model.is_shipped else _GUIDANCE_SCALE
+        default = demo.SETTING.guidance_scale if model.is_shipped else GUIDANCE_SCALES.get(model.spec.transformer, 3.0)
         return default if published is None else published.guidance_scale
     if not 0 <= g < math.inf:
         raise ValueError(
@@ -196,13 +220,13 @@ def _from_config(path: Path, name: str, source: str, is_shipped: bool = False) -
         raise ValueError(f"model={name!r}: cannot read {path}: {type(error).__name__}: {error}") from error
 
 
-def _fetch_config(name: str) -> Path:
+def _fetch(name: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(name, _CONFIG))
+        return Path(hf_hub_download(name, file))
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"model={name!r} is no folder here, and {_CONFIG} could not be fetched from the hub: {reason}"
+            f"model={name!r} is no folder here, and {file} could not be fetched from the hub: {reason}"
         ) from error

@@ -25,6 +25,7 @@ LAYERS = [
     {"pipeline", "guider", "export"},
     {"demo", "env"},
     {"settings"},
+    {"arguments"},
     {"generate"},
     {"cli"},
     {"__main__", "__init__"},
