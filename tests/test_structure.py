@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A file or folder of stg_engine imports only from lines above its own; names on one line do not see each other.
 LAYERS = [
     {"schedule", "conventions"},
-    {"config", "media", "layout"},
+    {"config", "media", "layout", "joint"},
     {"presets", "plan", "guidance", "memo"},
     {"comfyui"},
     {"hooks"},

@@ -67,7 +67,8 @@ class Fusion:
         others = ", the others have hooks, processors or modules that the kernels do not cover"
         rest = "" if count == len(blocks) else others
         language = "Triton" if latents.device.type == "cuda" else "C++"
-        self.used = f"stg_kernels ({language}) in {count} of {len(blocks)} blocks{rest}"
+        part = "the attention of " if getattr(family, "ATTENTION_ALONE", False) else ""
+        self.used = f"stg_kernels ({language}) in {part}{count} of {len(blocks)} blocks{rest}"
         self.is_on = count > 0
         return forwards
 

@@ -24,7 +24,7 @@ def attend(
 
     mask  broadcasts to [R, N, S, K]; key_lengths, if given, say the same
     """
-    if (mask is None or key_lengths is not None) and not _chosen_in_diffusers(processor):
+    if (mask is None or key_lengths is not None) and not chosen_in_diffusers(processor):
         return branch_attention(q, k, v, key_lengths=key_lengths)
     out = dispatch_attention_fn(
         q,
@@ -39,7 +39,8 @@ def attend(
     return out.to(q.dtype)
 
 
-def _chosen_in_diffusers(processor: Any) -> bool:
+def chosen_in_diffusers(processor: Any) -> bool:
+    """True if a backend or parallelism was set for the processor, or a backend for all."""
     return (
         processor._attention_backend is not None
         or processor._parallel_config is not None
