@@ -10,7 +10,7 @@ import torch
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor, nn
 
-from stg_engine.config import ScheduleEntry, Skip, STGConfig, STGSchedule, number
+from stg_engine.config import AudioGuidance, ScheduleEntry, Skip, STGConfig, STGSchedule, number
 from stg_engine.denoiser import Denoiser
 from stg_engine.hooks import ArgumentHook, install, is_installed, remove
 
@@ -160,6 +160,8 @@ def _config_of(value: STGConfig | Mapping[str, Any] | None) -> STGConfig | None:
         return value
     fields: dict[str, Any] = {n: tuple(item) if isinstance(item, list) else item for n, item in value.items()}
     fields["extra_skips"] = tuple(Skip(**skip) for skip in fields.get("extra_skips", ()))
+    if fields.get("audio") is not None:
+        fields["audio"] = AudioGuidance(**fields["audio"])
     if fields.get("schedule") is not None:
         schedule = fields["schedule"]
         entries = tuple(ScheduleEntry(**entry) for entry in schedule["entries"])

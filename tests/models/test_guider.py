@@ -12,6 +12,7 @@ from models.case import relative_error
 from models.pipelines import wan
 
 from stg_engine import Denoiser, ScheduleEntry, Skip, STGConfig, STGGuidance, STGSchedule
+from stg_engine.config import AudioGuidance
 
 CALL = {
     "prompt": "a red cat",
@@ -150,7 +151,9 @@ def test_a_schedule_takes_its_sigma_from_the_timestep(pipe):
 
 def test_it_can_be_saved_and_copied(tmp_path):
     entries = (ScheduleEntry(0.9, (1,), 1.0, 0.5, 2.0), ScheduleEntry(0.2))
-    for config in (CONFIG, None, STGConfig(schedule=STGSchedule(entries, "at_or_below"), cfg_star=True)):
+    scheduled = STGConfig(schedule=STGSchedule(entries, "at_or_below"), cfg_star=True)
+    audio = STGConfig(layers=(1,), modality_scale=3.0, audio=AudioGuidance(guidance_scale=7.0, modality_scale=2.0))
+    for config in (CONFIG, None, scheduled, audio):
         guider = STGGuidance(4.0, config, execution="serial")
         guider.save_pretrained(tmp_path)
         for other in (STGGuidance.from_pretrained(tmp_path), guider.new()):
