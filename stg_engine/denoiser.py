@@ -70,7 +70,8 @@ class Denoiser:
         self._check_config()
         if is_installed(self.blocks[0]):
             raise ValueError(
-                "transformer has an Engine or a Denoiser on it already; call its detach(), or stg_engine.detach(pipe)"
+                "transformer has an Engine, a Denoiser or an STGGuidance on it already; call its detach(), or "
+                "stg_engine.detach(pipe) for an Engine"
             )
         self.memo = Memo()
         self.differences: dict[str, Tensor] = {}

@@ -111,6 +111,7 @@ class STGGuidance(BaseGuidance):
         """The transformer's call: the guided prediction in place of the cond branch's."""
         if self._running is not model:
             return forward(**arguments)
+        self._running = None  # whatever happens; and the call below comes through here again
         denoiser, return_dict = self._denoisers[model], arguments.pop("return_dict", True)
         if return_dict:
             raise ValueError("return_dict=True is not allowed with STGGuidance; pipelines with guiders pass False")
@@ -118,7 +119,6 @@ class STGGuidance(BaseGuidance):
         shared = {name: value for name, value in arguments.items() if name not in prompt}
         cond, uncond = ({name: self._like(arguments[name], name, which) for name in prompt} for which in (0, 1))
         is_cfg = self.guidance_scale > 1
-        self._running = None  # the call below comes through here again
         guided = denoiser(
             shared,
             cond,

@@ -143,6 +143,17 @@ def test_the_transformer_is_its_own_outside_the_guiders_steps(pipe):
         assert torch.equal(pipe.transformer(**shared, **cond, return_dict=False)[0], plain)
 
 
+def test_an_error_ends_the_guiders_step(pipe):
+    shared, cond, _ = tiny_inputs()
+    guider = STGGuidance(3.0, CONFIG)
+    with torch.no_grad():
+        plain = pipe.transformer(**shared, **cond)[0]
+        guider.prepare_models(pipe.transformer)
+        with pytest.raises(ValueError, match="return_dict=True is not allowed"):
+            pipe.transformer(**shared, **cond)
+        assert torch.equal(pipe.transformer(**shared, **cond)[0], plain)
+
+
 def test_a_schedule_takes_its_sigma_from_the_timestep(pipe):
     entries = (ScheduleEntry(0.9, (1,), 1.0), ScheduleEntry(0.2))
     guider = STGGuidance(3.0, STGConfig(schedule=STGSchedule(entries, "at_or_below")))
@@ -167,5 +178,8 @@ def test_errors(pipe):
         STGGuidance(-1, CONFIG)
     with pytest.raises(ValueError, match=r"layers=\(9,\)"):
         latents_of(pipe, STGGuidance(3.0, STGConfig(layers=(9,))))
-    with Denoiser(pipe.transformer, CONFIG), pytest.raises(ValueError, match="has an Engine or a Denoiser on it"):
+    with (
+        Denoiser(pipe.transformer, CONFIG),
+        pytest.raises(ValueError, match="has an Engine, a Denoiser or an STGGuidance on it"),
+    ):
         latents_of(pipe, STGGuidance(3.0, CONFIG))
