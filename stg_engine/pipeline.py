@@ -161,7 +161,7 @@ class Engine:
             "callback, or by the pipeline itself); call it outside, or use a Denoiser in a loop of your own"
         )
 
-    def _plan_steps(self, calls: Calls) -> Iterator[tuple[StepGuidance, float | None]]:
+    def _plan_steps(self, calls: Calls) -> list[tuple[StepGuidance, float | None]]:
         """The guidance and, if it is asked for, sigma of each step of the loop that begins.
 
         Raises what `Calls.check` raises, before the first.
@@ -171,8 +171,7 @@ class Engine:
         steps = [self.config.at(i / count, sigma) for i, sigma in enumerate(sigmas)]
         for step in steps:
             calls.check(step)
-        self._report.note = self._schedule_note(steps)
-        return zip(steps, sigmas, strict=True)
+        return list(zip(steps, sigmas, strict=True))
 
     def _sigmas(self, count: int) -> list[float]:
         what = "schedule" if self.config.schedule is not None else f"space={self.config.space!r}"
@@ -206,8 +205,10 @@ class Engine:
         self._check_hooked()
         device = self.pipe._execution_device
         calls = self._kind(self.pipe)
+        steps = self._plan_steps(calls)
         self._report = new_report(self.denoiser, calls.plans(self.denoiser), device)
-        self._steps, self._calls, self._timestep = self._plan_steps(calls), calls, None
+        self._report.note = self._schedule_note([step for step, _ in steps])
+        self._steps, self._calls, self._timestep = iter(steps), calls, None
         for denoiser in self.denoisers:
             denoiser.differences = {}
             denoiser.fusion.forget_attention()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from stg_engine.calls.base import Calls, Step, output_like
+from stg_engine.config import StepGuidance
 
 
 class Sequential(Calls):
@@ -107,6 +108,14 @@ class TrueCFG(Sequential):
 
     def guidance_scale(self, model: Any) -> None:
         return None
+
+    def check(self, guidance: StepGuidance) -> None:
+        if guidance.needs_uncond:
+            raise ValueError(
+                f"weak_pass={guidance.weak_pass!r} is not allowed with {type(self.pipe).__name__}, which does not tell "
+                "whether CFG is on before the skips have run; use weak_pass='prompt'"
+            )
+        super().check(guidance)
 
     def answer_cond(self, step: Step, arguments: dict[str, Any]) -> Tensor:
         if self._calls is None and self._first_answer is not None:

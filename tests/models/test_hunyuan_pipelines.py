@@ -71,6 +71,17 @@ def test_rescale_needs_the_distilled_model():
             TEXT.latents(pipe, 2)
 
 
+@SCALES
+@pytest.mark.parametrize("weak_pass", ["negative_prompt", "uncond"])
+def test_a_weak_pass_that_needs_cfg_is_refused(weak_pass, true_cfg_scale):
+    pipe = TEXT.build()
+    with (
+        stg_engine.attach(pipe, STGConfig(layers=(1,), weak_pass=weak_pass)),
+        pytest.raises(ValueError, match=f"weak_pass='{weak_pass}' is not allowed with HunyuanVideoPipeline"),
+    ):
+        TEXT.latents(pipe, true_cfg_scale=true_cfg_scale)
+
+
 def test_every_call_finds_out_anew_whether_there_is_true_cfg():
     pipe = TEXT.build()
     with stg_engine.attach(pipe, CONFIG) as engine:
