@@ -50,6 +50,8 @@ def attach(
         raise TypeError(f"pipe is a {names[0]}; supported pipelines: {', '.join(PIPELINES)}")
     calls = PIPELINES[known[0]]
     models = [model for name in calls.models if (model := getattr(pipe, name, None)) is not None]
+    if not models:
+        raise ValueError(f"{names[0]} has no {' or '.join(calls.models)}; load one before you attach")
     with ExitStack() as stack:
         options: dict[str, Any] = {"execution": execution, "max_rows": max_rows, "kernels": kernels}
         config = calls.own if config is None else config

@@ -442,6 +442,13 @@ def test_unsupported_pipeline():
         stg_engine.attach(object(), CONFIG)
 
 
+def test_a_pipeline_without_a_transformer():
+    pipe = tiny_pipeline()
+    pipe.transformer = None
+    with pytest.raises(ValueError, match="LTXPipeline has no transformer; load one"):
+        stg_engine.attach(pipe, CONFIG)
+
+
 def test_report_says_what_ran():
     pipe = tiny_pipeline()
     with stg_engine.attach(pipe, CONFIG, kernels="off") as engine:
