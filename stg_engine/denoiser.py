@@ -290,6 +290,9 @@ class Denoiser:
             raise TypeError(f"config={self.config!r} is not allowed; it must be an STGConfig")
         for skip in self.config.skips:
             check_layers(skip, self.num_layers, self.spec.axes)
+        paths = self.spec.self_attention
+        if any(skip.mode == "attention" for skip in self.config.skips) and not self._in_blocks(paths):
+            raise ValueError(f"mode='attention' is not allowed: the blocks have no {' or '.join(paths)}")
         check_conventions(self.config, self.spec)
 
     def _published(self) -> STGConfig:

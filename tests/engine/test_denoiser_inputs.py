@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from engine.tiny import tiny_inputs, tiny_transformer
 from torch import nn
 
 from stg_engine import Denoiser, STGConfig, hooks
+from stg_engine.models.ltx import LTX_VIDEO
 
 FIRST_BLOCK_CACHE = FirstBlockCacheConfig(threshold=0.1)
 
@@ -53,6 +55,14 @@ def test_settings(transformer, config, options, message):
 def test_config_type(transformer):
     with pytest.raises(TypeError, match="must be an STGConfig"):
         Denoiser(transformer, {"layers": (1,)})
+
+
+def test_a_spec_with_a_wrong_path_of_the_self_attention(transformer, monkeypatch):
+    """A path that is not there is left out: nothing would be skipped."""
+    monkeypatch.setattr("stg_engine.denoiser.spec_of", lambda _: replace(LTX_VIDEO, self_attention=("attention",)))
+    with pytest.raises(ValueError, match="mode='attention' is not allowed: the blocks have no attention"):
+        Denoiser(transformer, STGConfig(layers=(1,), mode="attention"))
+    Denoiser(transformer, STGConfig(layers=(1,))).detach()
 
 
 def test_unknown_model():
