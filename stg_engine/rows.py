@@ -105,7 +105,7 @@ class Run:
         rows = [(name, video) for name in names for video in range(self.videos)]
         self._attentions.clear()
         outputs = self._in_chunks(forward, arguments, rows, (*self.spec.streams, *carriers))
-        if self.plan.skipping_attention(index):
+        if fused is None and self.plan.skipping_attention(index):
             self._check_attentions(index, module)
         self._attended.clear()
         self._current = []
