@@ -154,10 +154,15 @@ def test_an_error_ends_the_guiders_step(pipe):
         assert torch.equal(pipe.transformer(**shared, **cond)[0], plain)
 
 
-def test_a_schedule_takes_its_sigma_from_the_timestep(pipe):
+def test_a_schedule_takes_its_sigma_from_the_timestep(pipe, monkeypatch):
+    sigmas = []
+    guided = Denoiser.__call__
+    monkeypatch.setattr(Denoiser, "__call__", lambda *a, **k: (sigmas.append(k["sigma"]), guided(*a, **k))[1])
     entries = (ScheduleEntry(0.9, (1,), 1.0), ScheduleEntry(0.2))
     guider = STGGuidance(3.0, STGConfig(schedule=STGSchedule(entries, "at_or_below")))
-    assert latents_of(pipe, guider).isfinite().all()
+    latents_of(pipe, guider)
+    assert sigmas == pytest.approx(pipe.scheduler.sigmas[:-1].tolist())
+    assert len(set(sigmas)) == CALL["num_inference_steps"]
 
 
 def test_it_can_be_saved_and_copied(tmp_path):
