@@ -84,7 +84,8 @@ class Run:
             forward = partial(fused, self, index, module)
         self._receive(index, tuple(arguments[name] for name in self.spec.streams))
         names = self.plan.rows[index]
-        inputs = self._streams(names)
+        rows = self._rows(names)
+        inputs = [self._streams(rows[start:stop]) for start, stop in chunk_ranges(len(rows), self.max_rows)]
         self._states = {name: self._source(name) for name in self.plan.passing(index)}
         arguments = dict(arguments)
         for name in self.spec.prompt_rows:
@@ -94,17 +95,15 @@ class Run:
         for name in per_video:
             arguments[name] = self._one_per_video(arguments.get(name))
         if fused is not None:
-            arguments["key_lengths"] = self._lengths(inputs[0].device)
+            arguments["key_lengths"] = self._lengths(inputs[0][0].device)
             carriers += ("key_lengths",)
         if self.spec.select_rows is not None and names != self.names:
             arguments.update(self.spec.select_rows(arguments, self._numbers(names), self._total))
         for name in carriers:
             if name in arguments:
                 arguments[name] = self._take(arguments[name], names)
-        arguments.update(zip(self.spec.streams, inputs, strict=True))
-        rows = [(name, video) for name in names for video in range(self.videos)]
         self._attentions.clear()
-        outputs = self._in_chunks(forward, arguments, rows, (*self.spec.streams, *carriers))
+        outputs = self._in_chunks(forward, arguments, rows, inputs, carriers)
         if fused is None and self.plan.skipping_attention(index):
             self._check_attentions(index, module)
         self._attended.clear()
@@ -112,7 +111,7 @@ class Run:
         self._live, self._next = names, index + 1
         if self.spec.between_blocks is not None or self._next == self.plan.num_blocks:
             self._receive(self._next, outputs)
-            outputs = self._streams(self.names)
+            outputs = self._streams(self._rows(self.names))
             self._live = self.names
             self._states.clear()
         return outputs if len(outputs) > 1 else outputs[0]
@@ -184,18 +183,25 @@ class Run:
         return tuple(name for name, _ in self._current)
 
     def _in_chunks(
-        self, forward: Forward, arguments: dict[str, Any], rows: list[Row], carriers: Sequence[str]
+        self,
+        forward: Forward,
+        arguments: dict[str, Any],
+        rows: list[Row],
+        inputs: list[tuple[Tensor, ...]],
+        carriers: Sequence[str],
     ) -> tuple[Tensor, ...]:
+        """`inputs` are the streams per chunk, not joined: a row keeps its order in memory, by which kernels sum."""
         chunks = []
-        for start, stop in chunk_ranges(len(rows), self.max_rows):
+        for (start, stop), streams in zip(chunk_ranges(len(rows), self.max_rows), inputs, strict=True):
             self._current = rows[start:stop]
             if len(self._current) == len(rows):
-                part = arguments
+                part = dict(arguments)
             else:
                 chunk = range(start, stop)
                 part = {k: self._select(v, chunk, len(rows)) if k in carriers else v for k, v in arguments.items()}
                 if self.spec.select_rows is not None:
                     part.update(self.spec.select_rows(arguments, chunk, len(rows)))
+            part.update(zip(self.spec.streams, streams, strict=True))
             output = forward(**part)
             chunks.append(output if isinstance(output, tuple) else (output,))
         return join(chunks)
@@ -290,14 +296,18 @@ class Run:
     def _source(self, name: str) -> tuple[tuple[Tensor, ...], int, int]:
         return self._states[name] if name in self._states else self._source(self.plan.forks[name].parent)
 
-    def _streams(self, names: Sequence[str]) -> tuple[Tensor, ...]:
+    def _rows(self, names: Sequence[str]) -> list[Row]:
+        return [(name, video) for name in names for video in range(self.videos)]
+
+    def _streams(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
         pieces: list[tuple[tuple[Tensor, ...], int, int, int]] = []
-        for name in names:
+        for name, video in rows:
             streams, start, total = self._source(name)
-            if pieces and pieces[-1][0] is streams and pieces[-1][2] == start:
-                pieces[-1] = (streams, pieces[-1][1], start + self.videos, total)
+            place = start + video
+            if pieces and pieces[-1][0] is streams and pieces[-1][2] == place:
+                pieces[-1] = (streams, pieces[-1][1], place + 1, total)
             else:
-                pieces.append((streams, start, start + self.videos, total))
+                pieces.append((streams, place, place + 1, total))
         return join([narrow(streams, start, stop, total) for streams, start, stop, total in pieces])
 
     def _take(self, value: Any, names: tuple[str, ...]) -> Any:
