@@ -1,7 +1,7 @@
 """How diffusers pipelines call their model in a denoising step, by class name of the pipeline."""
 
 from stg_engine.calls.base import Calls, Step
-from stg_engine.calls.batched import Batched, LateScale, PerFrame, SameDtype
+from stg_engine.calls.batched import Batched, FixedScale, LateScale, PerFrame, SameDtype
 from stg_engine.calls.own_passes import OwnPasses
 from stg_engine.calls.sequential import Sequential, TrueCFG, TwoModels
 
@@ -30,6 +30,7 @@ PIPELINES: dict[str, type[Calls]] = {
     "HunyuanSkyreelsImageToVideoPipeline": TrueCFG,
     "LattePipeline": SameDtype,
     "AllegroPipeline": SameDtype,
+    "SanaVideoPipeline": FixedScale,
     "StableVideoDiffusionPipeline": PerFrame,
 }
 """Subclasses of a pipeline match too."""
@@ -38,6 +39,7 @@ __all__ = [
     "PIPELINES",
     "Batched",
     "Calls",
+    "FixedScale",
     "LateScale",
     "OwnPasses",
     "PerFrame",

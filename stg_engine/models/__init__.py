@@ -1,6 +1,6 @@
 """Model families. Importing this package registers the built-in ones."""
 
-from stg_engine.models import allegro, cogvideox, hunyuan_video, latte, ltx, ltx2, mochi, svd, wan
+from stg_engine.models import allegro, cogvideox, hunyuan_video, latte, ltx, ltx2, mochi, sana_video, svd, wan
 from stg_engine.models.base import ModelSpec, modules_at, register, spec_of, supported
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "mochi",
     "modules_at",
     "register",
+    "sana_video",
     "spec_of",
     "supported",
     "svd",

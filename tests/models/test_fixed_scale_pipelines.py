@@ -1,17 +1,17 @@
-"""Latte, Allegro: pipelines that read their guidance scale before the loop."""
+"""Latte, Allegro, Sana-Video: pipelines that read their guidance scale before the loop."""
 
 import pytest
 import torch
-from models.pipelines import allegro, latte
+from models.pipelines import allegro, latte, sana_video
 
 import stg_engine
 from stg_engine import STGConfig
 
-CASES = [latte.CASES[0], allegro.CASES[0]]
+CFG_FOR_THE_LOOP = [latte.CASES[0], allegro.CASES[0]]
+CHANGES = [*((case, scale) for case in CFG_FOR_THE_LOOP for scale in (0.0, 3.0)), (sana_video.CASES[0], 3.0)]
 
 
-@pytest.mark.parametrize("scale", [0.0, 3.0])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "scale"), CHANGES, ids=str)
 def test_a_callback_changes_no_scale(case, scale):
     pipe = case.build()
 
