@@ -148,7 +148,7 @@ def support_table() -> str:
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for spec in supported():
         axes = ", ".join(filter(None, spec.axes)) or "-"
-        hosts = ", ".join(pipelines[spec.transformer])
+        hosts = ", ".join(pipelines.get(spec.transformer, ("`Denoiser` alone",)))
         lora = "yes" if hasattr(getattr(diffusers, spec.transformer), "add_adapter") else "no"
         skip = SKIPS[spec.attention_skip.__name__]
         cells = (spec.family, skip, axes, hosts, "yes" if spec.fused else "no", "yes", lora, "yes", "no")
