@@ -35,6 +35,7 @@ def joint_attention(
         text_q, text_k = attention.norm_added_q(text_q), attention.norm_added_k(text_k)
     q, k = (apply_rotary_emb(x, arguments["image_rotary_emb"], sequence_dim=1) for x in (q, k))
     q, k, v = (torch.cat(pair, 1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
+    q, k = q.to(v), k.to(v)  # under autocast the norms return float32
     padding = arguments["attention_mask"].logical_not().flatten(1).sum(1, dtype=torch.int32)
     out = branch_attention(
         q,

@@ -31,6 +31,7 @@ def own_key_attention(attention: nn.Module, arguments: Mapping[str, Any]) -> tup
         q, k = (
             torch.cat([y[:, :tokens], apply_rotary_emb(y[:, tokens:], rope, sequence_dim=1)], dim=1) for y in (q, k)
         )
+    q, k = q.to(v), k.to(v)  # under autocast the norms may return float32
     out = branch_attention(q, k, v, own_key_rows=range(len(q)), text=(0, tokens)).flatten(2)
     projection, dropout = attention.to_out
     out = dropout(projection(out))

@@ -162,6 +162,22 @@ def test_offloaded_weights(case):
                     assert relative_error(tensor, other) <= FP32_RELATIVE, name
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_skips_under_autocast(case):
+    """Some norms return float32 there, beside values in bfloat16."""
+    if "attention" not in case.modes:
+        pytest.skip("no attention skip")
+    model, skip = model_of(case, torch.float32), Skip((1,), mode="attention", axis=case.axes[0])
+    inputs = case.inputs(1, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = case.passes(model, [skip], *inputs)
+        with Denoiser(model, config_of(skip)) as denoiser:
+            actual = outputs(denoiser.branches(*inputs))
+    for name in expected:
+        for tensor, other in zip(actual[name], expected[name], strict=True):
+            assert relative_error(tensor.float(), other.float()) <= 3e-2, name
+
+
 def test_every_family_is_tested():
     tested = {spec_of(type(case.model(torch.float32))).family for case in CASES}
     assert tested >= {spec.family for spec in supported()} - {"LTX-Video"}  # tests/engine
