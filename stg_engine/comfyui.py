@@ -13,6 +13,7 @@ from typing import Any
 
 from stg_engine.config import ScheduleEntry, STGConfig, STGSchedule
 from stg_engine.presets import preset
+from stg_engine.schedule import number
 
 FILE = "presets/stg_advanced_presets.json"
 LISTS = ("sigmas", "cfg_values", "stg_scale_values", "stg_rescale_values", "stg_layers_indices")
@@ -44,7 +45,9 @@ def read_presets(source: str | Path) -> dict[str, STGConfig]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
-    if not isinstance(found, list) or not all(isinstance(item, dict) and "name" in item for item in found):
+    if not isinstance(found, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) for item in found
+    ):
         raise ValueError(f"{path} holds no list of presets, each an object with a name")
     return {item["name"]: _config(item, f"{path}: preset {item['name']!r}") for item in found if set(item) != {"name"}}
 
@@ -75,7 +78,7 @@ def _config(data: Mapping[str, Any], where: str) -> STGConfig:
             "comfyui",
             schedule=STGSchedule(tuple(entries), "at_or_above"),
             cfg_star=data["cfg_star_rescale"],
-            zero_init=min(data["skip_steps_sigma_threshold"], 1.0),
+            zero_init=min(number("skip_steps_sigma_threshold", data["skip_steps_sigma_threshold"], 0.0), 1.0),
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error

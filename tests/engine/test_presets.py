@@ -562,6 +562,11 @@ def test_comfyui_files(tmp_path):
     path.write_text('{"name": "2b"}')
     with pytest.raises(ValueError, match="holds no list of presets"):
         read_presets(path)
+    path.write_text('[{"name": ["2b"]}]')
+    with pytest.raises(ValueError, match="holds no list of presets"):
+        read_presets(path)
+    with pytest.raises(ValueError, match="skip_steps_sigma_threshold=None is not allowed"):
+        read_preset({**DYNAMIC, "skip_steps_sigma_threshold": None})
     path.write_text(json.dumps([DYNAMIC]))
     with pytest.raises(ValueError, match=r"name='2b' is not a preset in .*choose one of 13b Dynamic"):
         read_preset(path, "2b")
