@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from stg_engine.models import ModelSpec
 
 
-def check_conventions(config: STGConfig, spec: ModelSpec) -> None:
-    """ValueError if the config combines in a way that the family's outputs do not allow."""
+def check_conventions(config: STGConfig, spec: ModelSpec, *, has_attention: bool = True) -> None:
+    """ValueError if the config skips what is not there, or combines in a way that the family's outputs do not allow."""
+    if not has_attention and any(skip.mode == "attention" for skip in config.skips):
+        raise ValueError(f"mode='attention' is not allowed: the blocks have no {' or '.join(spec.self_attention)}")
     if (config.space == "x0" or config.zero_init < 1) and not spec.velocity_of:
         field = f"space={config.space!r}" if config.space == "x0" else f"zero_init={config.zero_init}"
         raise ValueError(f"{field} is not allowed: {spec.family} does not predict the velocity v of x0 = x - sigma v")

@@ -14,7 +14,7 @@ from stg_engine import guidance
 from stg_engine.combine import Combiner, check_conventions, per_output
 from stg_engine.config import StepGuidance, STGConfig, number
 from stg_engine.fused import Fusion
-from stg_engine.guard import refuse_compiled, refuse_in_guided_step
+from stg_engine.guard import refuse_compiled, refuse_in_guided_step, refuse_left_out
 from stg_engine.hooks import install, is_installed, remove, signature_of
 from stg_engine.inputs import Inputs, all_rows, check_inputs, kept_prompt, key_lengths
 from stg_engine.memo import Memo, fingerprint
@@ -63,15 +63,13 @@ class Denoiser:
         self.num_layers = len(self.blocks) // len(self.spec.axes)
         refuse_compiled(transformer, self.blocks)
         self.config = self._published() if config is None else config
-        self.max_rows = _max_rows(execution, max_rows)
-        self.execution, self.kernels = execution, kernels
+        self.execution, self.kernels, self.max_rows = execution, kernels, _max_rows(execution, max_rows)
         if kernels not in KERNELS:
             raise ValueError(f"kernels={kernels!r} is not allowed; choose one of {', '.join(map(repr, KERNELS))}")
         self._check_config()
         if is_installed(self.blocks[0]):
             raise ValueError(
-                "transformer has an Engine, a Denoiser or an STGGuidance on it already; call its detach(), or "
-                "stg_engine.detach(pipe) for an Engine"
+                "transformer has an Engine or a Denoiser on it already; call its detach(), or stg_engine.detach(pipe)"
             )
         self.memo = Memo()
         self.differences: dict[str, Tensor] = {}
@@ -214,7 +212,7 @@ class Denoiser:
             texts = tuple(value for value in prompt if value is not None)
             self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused, texts, **lengths)
             outputs = self._outputs(forward, rows)
-            self._slot.run.check_is_next(plan.num_blocks)
+            refuse_left_out(self.spec, self._slot.run.next, plan.num_blocks)
         except BaseException:
             self.release()
             raise
@@ -290,10 +288,7 @@ class Denoiser:
             raise TypeError(f"config={self.config!r} is not allowed; it must be an STGConfig")
         for skip in self.config.skips:
             check_layers(skip, self.num_layers, self.spec.axes)
-        paths = self.spec.self_attention
-        if any(skip.mode == "attention" for skip in self.config.skips) and not self._in_blocks(paths):
-            raise ValueError(f"mode='attention' is not allowed: the blocks have no {' or '.join(paths)}")
-        check_conventions(self.config, self.spec)
+        check_conventions(self.config, self.spec, has_attention=bool(self._in_blocks(self.spec.self_attention)))
 
     def _published(self) -> STGConfig:
         name = self.spec.presets.get(self.num_layers)

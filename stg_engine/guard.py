@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stg_engine.hooks import EngineHook
+from stg_engine.hooks import EngineHook, hook_of
 
 
 def refuse_compiled(transformer: nn.Module, blocks: Iterable[nn.Module]) -> None:
@@ -49,3 +49,21 @@ def refuse_in_guided_step(transformer: nn.Module, hooks: Iterable[tuple[EngineHo
                 "another hook was taken off the transformer and took stg_engine's with it (diffusers puts an older "
                 "forward back, for example in disable_cache()); detach and attach again"
             )
+
+
+def refuse_left_out(spec: Any, expected: int, index: int) -> None:
+    """`RuntimeError` if block `expected` ran past its hook. Where all rows are back between blocks, it may."""
+    if index != expected and spec.between_blocks is None:
+        raise RuntimeError(_LOST.format(f"block {expected}"))
+
+
+def refuse_unhooked(index: int, block: nn.Module, kind: type[EngineHook], ran: set[int]) -> None:
+    """`RuntimeError` unless all modules of the block that have a hook of this `kind` are in `ran`, by their ids."""
+    if {id(module) for module in block.modules() if isinstance(hook_of(module), kind)} - ran:
+        raise RuntimeError(_LOST.format(f"the self-attention of block {index}"))
+
+
+_LOST = (
+    "{} did not run through stg_engine's hook: something put another forward in its place, or the model left it out; "
+    "detach and attach again"
+)

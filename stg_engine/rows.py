@@ -16,19 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stg_engine.guard import refuse_left_out, refuse_unhooked
 from stg_engine.hooks import ArgumentHook, Forward
 from stg_engine.layout import Rows, chunk_ranges, each_row, join, narrow, select
 from stg_engine.memo import Memo
-from stg_engine.models import modules_at
 from stg_engine.plan import Plan
 
 Row = tuple[str, int]
 """(branch, video)"""
-
-_LOST = (
-    "{} did not run through stg_engine's hook: something put another forward in its place, or the model left it out; "
-    "detach and attach again"
-)
 
 
 @dataclass
@@ -69,7 +64,7 @@ class Run:
         self.names = tuple(branch.name for branch in plan.branches)
         self._isolated = {branch.name for branch in plan.branches if branch.is_isolated}
         self._live = self.names
-        self._next = 0
+        self.next = 0
         self._states: dict[str, tuple[tuple[Tensor, ...], int, int]] = {}
         self._once: dict[Any, tuple[Any, Any]] = {}
         self._current: list[Row] = []
@@ -78,7 +73,7 @@ class Run:
 
     def block(self, index: int, module: nn.Module, forward: Forward, arguments: dict[str, Any]) -> Any:
         """Run block `index` on the rows that the plan gives it; returns what the module returns, with those rows."""
-        self.check_is_next(index)
+        refuse_left_out(self.spec, self.next, index)
         fused = self.fused[index]
         if fused is not None:
             forward = partial(fused, self, index, module)
@@ -105,25 +100,16 @@ class Run:
         self._attentions.clear()
         outputs = self._in_chunks(forward, arguments, rows, inputs, carriers)
         if fused is None and self.plan.skipping_attention(index):
-            self._check_attentions(index, module)
+            refuse_unhooked(index, module, SelfAttentionHook, self._attentions)
         self._attended.clear()
         self._current = []
-        self._live, self._next = names, index + 1
-        if self.spec.between_blocks is not None or self._next == self.plan.num_blocks:
-            self._receive(self._next, outputs)
+        self._live, self.next = names, index + 1
+        if self.spec.between_blocks is not None or self.next == self.plan.num_blocks:
+            self._receive(self.next, outputs)
             outputs = self._streams(self._rows(self.names))
             self._live = self.names
             self._states.clear()
         return outputs if len(outputs) > 1 else outputs[0]
-
-    def check_is_next(self, index: int) -> None:
-        """RuntimeError if a block before `index` ran past its hook. Where all rows are back between blocks, it may."""
-        if index != self._next and self.spec.between_blocks is None:
-            raise RuntimeError(_LOST.format(f"block {self._next}"))
-
-    def _check_attentions(self, index: int, module: nn.Module) -> None:
-        if {id(attention) for attention in modules_at(module, self.spec.self_attention)} - self._attentions:
-            raise RuntimeError(_LOST.format(f"the self-attention of block {index}"))
 
     @property
     def is_padded(self) -> bool:
@@ -133,7 +119,7 @@ class Run:
 
     def distinct(self) -> tuple[tuple[str, ...], list[int]]:
         """In front of the next block: the branches that equal no other, and each branch's place among them."""
-        parents = [self.plan.parent_of_rows(name, self._next) for name in self.names]
+        parents = [self.plan.parent_of_rows(name, self.next) for name in self.names]
         names = tuple(name for name in self.names if name in parents)
         return names, [names.index(parent) for parent in parents]
 

@@ -185,6 +185,6 @@ def test_errors(pipe):
         latents_of(pipe, STGGuidance(3.0, STGConfig(layers=(9,))))
     with (
         Denoiser(pipe.transformer, CONFIG),
-        pytest.raises(ValueError, match="has an Engine, a Denoiser or an STGGuidance on it"),
+        pytest.raises(ValueError, match="has an Engine or a Denoiser on it"),
     ):
         latents_of(pipe, STGGuidance(3.0, CONFIG))
