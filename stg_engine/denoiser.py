@@ -315,7 +315,7 @@ class Denoiser:
         for index, block in enumerate(self.blocks):
             hooks.append((block, BlockHook(slot, index)))
             hooks += [(module, SelfAttentionHook(slot, index)) for module in modules_at(block, spec.self_attention)]
-            hooks += [(module, LinkHook(slot)) for module in modules_at(block, spec.links)]
+            hooks += [(module, LinkHook(slot, index)) for module in modules_at(block, spec.links)]
         try:
             for module, hook in hooks:
                 install(module, hook)

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from stg_engine.config import AudioGuidance, ScheduleEntry, Skip, STGConfig, STGSchedule, number
 from stg_engine.denoiser import Denoiser
-from stg_engine.hooks import ArgumentHook, install, is_installed, remove
-
-HOOK_NAME = "stg_engine_guider"
+from stg_engine.hooks import GUIDER_HOOK, ArgumentHook, install, is_installed, remove
 
 
 class STGGuidance(BaseGuidance):
@@ -79,7 +77,7 @@ class STGGuidance(BaseGuidance):
             return
         if denoiser not in self._denoisers:
             self._denoisers[denoiser] = Denoiser(denoiser, self.stg, **self._options)
-            install(denoiser, _Takeover(self), HOOK_NAME)
+            install(denoiser, _Takeover(self), GUIDER_HOOK)
         self._running = denoiser
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
@@ -102,8 +100,8 @@ class STGGuidance(BaseGuidance):
         """Take the hooks off the transformers that this guider ran. Safe to call twice."""
         self.release()
         for model, denoiser in self._denoisers.items():
-            if is_installed(model, HOOK_NAME):
-                remove(model, HOOK_NAME)
+            if is_installed(model, GUIDER_HOOK):
+                remove(model, GUIDER_HOOK)
             denoiser.detach()
         self._denoisers = {}
 
@@ -146,13 +144,13 @@ class STGGuidance(BaseGuidance):
 class _Takeover(ArgumentHook):
     """Hands a transformer's calls to the guider."""
 
-    def __init__(self, guider: STGGuidance) -> None:
+    def __init__(self, owner: STGGuidance) -> None:
         super().__init__()
-        self.guider = guider
+        self.owner = owner
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(self.bind(module, args, kwargs))
-        return self.guider.guided(module, self.fn_ref.original_forward, arguments)
+        return self.owner.guided(module, self.fn_ref.original_forward, arguments)
 
 
 def _config_of(value: STGConfig | Mapping[str, Any] | None) -> STGConfig | None:

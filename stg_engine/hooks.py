@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_module
 
 Forward = Callable[..., Any]
 HOOK_NAME = "stg_engine"
+PIPELINE_HOOK, GUIDER_HOOK = "stg_engine_pipeline", "stg_engine_guider"
 
 
 class EngineHook(ModelHook):

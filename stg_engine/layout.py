@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,3 +76,9 @@ def chunk_ranges(count: int, size: int | None) -> Iterator[tuple[int, int]]:
     """Borders of chunks of at most `size` rows; None is one chunk."""
     size = count if size is None else size
     return ((start, min(start + size, count)) for start in range(0, count, size))
+
+
+@lru_cache(maxsize=256)
+def index_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """The values as int64 on the device, copied there once."""
+    return torch.tensor(values, device=device)

@@ -19,11 +19,18 @@ from torch import nn
 from stg_engine.calls import PIPELINES, Calls, Step
 from stg_engine.config import StepGuidance, STGConfig
 from stg_engine.denoiser import Denoiser
-from stg_engine.hooks import ArgumentHook, below_accelerate, hook_of, install, is_installed, remove
+from stg_engine.hooks import (
+    GUIDER_HOOK,
+    PIPELINE_HOOK,
+    ArgumentHook,
+    below_accelerate,
+    hook_of,
+    install,
+    is_installed,
+    remove,
+)
 from stg_engine.plan import Plan, Plans
 from stg_engine.report import Report, new_report
-
-HOOK_NAME = "stg_engine_pipeline"
 
 
 def attach(
@@ -47,7 +54,10 @@ def attach(
     names = [base.__name__ for base in type(pipe).__mro__]
     known = [name for name in names if name in PIPELINES]
     if not known:
-        raise TypeError(f"pipe is a {names[0]}; supported pipelines: {', '.join(PIPELINES)}")
+        raise TypeError(
+            f"pipe is a {names[0]}; supported pipelines: {', '.join(PIPELINES)}. A pipeline with a guider takes an "
+            "STGGuidance, a transformer of a supported family a Denoiser"
+        )
     calls = PIPELINES[known[0]]
     models = [model for name in calls.models if (model := getattr(pipe, name, None)) is not None]
     if not models:
@@ -62,11 +72,12 @@ def attach(
 
 
 def detach(pipe: Any) -> None:
-    """Switch STG off in a pipeline whose `Engine` is no longer at hand. Does nothing where it is not on."""
+    """Switch STG off in a pipeline whose `Engine` or `STGGuidance` is no longer at hand, if it is on."""
     for model in pipe.components.values():
-        hook = hook_of(model, HOOK_NAME) if isinstance(model, nn.Module) else None
-        if isinstance(hook, _Takeover):
-            hook.engine.detach()
+        for name in (PIPELINE_HOOK, GUIDER_HOOK) if isinstance(model, nn.Module) else ():
+            hook = hook_of(model, name)
+            if hook is not None:
+                hook.owner.detach()
 
 
 class Engine:
@@ -87,7 +98,9 @@ class Engine:
         self._sigma: float | None = None
         self._timestep: Any = None
         self._count = 0
-        self._forwards = [install(denoiser.transformer, _Takeover(self, denoiser), HOOK_NAME) for denoiser in denoisers]
+        self._forwards = [
+            install(denoiser.transformer, _Takeover(self, denoiser), PIPELINE_HOOK) for denoiser in denoisers
+        ]
         self._own_bar, self._progress_bar = vars(pipe).get("progress_bar"), pipe.progress_bar
         pipe.progress_bar = self._guarded_progress_bar
 
@@ -108,8 +121,8 @@ class Engine:
     def detach(self) -> None:
         """Switch STG off; pipeline and transformer are as they were. Safe to call twice."""
         for denoiser in self.denoisers:
-            if is_installed(denoiser.transformer, HOOK_NAME):
-                remove(denoiser.transformer, HOOK_NAME)
+            if is_installed(denoiser.transformer, PIPELINE_HOOK):
+                remove(denoiser.transformer, PIPELINE_HOOK)
             denoiser.detach()
         if vars(self.pipe).get("progress_bar") == self._guarded_progress_bar:
             del self.pipe.progress_bar
@@ -117,7 +130,7 @@ class Engine:
                 self.pipe.progress_bar = self._own_bar
 
     def __enter__(self) -> Engine:
-        if not is_installed(self.denoiser.transformer, HOOK_NAME):
+        if not is_installed(self.denoiser.transformer, PIPELINE_HOOK):
             raise RuntimeError("this Engine is detached; call stg_engine.attach again")
         return self
 
@@ -231,7 +244,11 @@ class Engine:
                 denoiser.release()
         for name, value in self._report.differences.items():
             if value == 0:
-                warnings.warn(f"branch {name!r} equals cond (max |c - p| = 0): this skip changes nothing", stacklevel=3)
+                strong = "uncond" if self.config.weak_pass == "negative_prompt" else "cond"
+                warnings.warn(
+                    f"branch {name!r} equals {strong} (max |{strong[0]} - p| = 0): this skip changes nothing",
+                    stacklevel=3,
+                )
 
     def _fill_report(self, calls: Calls) -> None:
         report = self._report
@@ -273,10 +290,10 @@ class Engine:
 class _Takeover(ArgumentHook):
     """Hands a transformer's calls to the engine."""
 
-    def __init__(self, engine: Engine, denoiser: Denoiser) -> None:
+    def __init__(self, owner: Engine, denoiser: Denoiser) -> None:
         super().__init__()
-        self.engine, self.denoiser = engine, denoiser
+        self.owner, self.denoiser = owner, denoiser
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(self.bind(module, args, kwargs))
-        return self.engine.predict(self.denoiser, self.fn_ref.original_forward, arguments)
+        return self.owner.predict(self.denoiser, self.fn_ref.original_forward, arguments)

@@ -120,7 +120,7 @@ def _stguidance() -> tuple[Preset, ...]:
     hunyuan: dict[str, Any] = {"transformer": _HUNYUAN, "blocks": 60, "g": 1.0}
     cog_file = f"{STGUIDANCE}, CogVideoX/pipeline_stg_cogvideox.py"
     uncertain = "the author's lists say [34] and [35], 0-based; the paper says the 35th of 48"
-    distilled = "guidance-distilled: embedded guidance 6.0 goes in as input"
+    distilled = "guidance-distilled: embedded guidance 6.0 goes in as input; combined in the model's dtype there"
     return (
         _model(
             "mochi",
@@ -143,7 +143,7 @@ def _stguidance() -> tuple[Preset, ...]:
         _model(
             "hunyuan-video",
             "stg",
-            {"layers": (2,), "arithmetic": "model"},
+            {"layers": (2,)},
             f"{STGUIDANCE}, HunyuanVideo/pipeline_stg_hunyuan_video.py",
             f"30 steps; {distilled}; dual-stream block 2, the number of the block published in 2024, in another list",
             **hunyuan,
@@ -151,7 +151,7 @@ def _stguidance() -> tuple[Preset, ...]:
         _model(
             "hunyuan-video-2024",
             "stg",
-            {"layers": (22,), "arithmetic": "model"},
+            {"layers": (22,)},
             "junhahyung/STGuidance 0e3f6b1 (2024-12), HunyuanVideo/hyvideo",
             f"50 steps; {distilled}; single-stream block 2 = layer 22; its scale 2.0 in p + s (c - p) is 1.0 here",
             **hunyuan,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import nn
 
+from stg_engine.config import STGConfig
 from stg_engine.plan import Plan, Plans
 
 
@@ -21,6 +22,8 @@ class Report:
     peak_bytes    largest memory allocated on the CUDA device since the loop began, None elsewhere
     note          what of the call's own settings is not used, and why
     differences   per skip branch: max |c - p| in its first step; 0 means that the skip changes nothing
+    strong        "c", or "u" where the weak pass is on the negative prompt
+    setting       what was attached, in words
     """
 
     family: str
@@ -36,12 +39,15 @@ class Report:
     peak_bytes: int | None = None
     note: str = ""
     differences: dict[str, float] = field(default_factory=dict)
+    strong: str = "c"
+    setting: str = ""
 
     def __str__(self) -> str:
         lines = [str(self.plan), ""]
         per_step = f", {self.seconds / self.steps:.3g} s per step" if self.steps else ""
         lines.append(f"model      {self.family}, {self.dtype} on {self.device}")
         lines.append(f"steps      {self.steps}, {self.guided_steps} with skip branches; {self.seconds:.3g} s{per_step}")
+        lines.append(f"setting    {self.setting}")
         lines.append(f"execution  {self.execution}")
         lines.append(f"kernels    {self.kernels}")
         lines += [f"attention  {line}" for line in self.attention]
@@ -51,7 +57,7 @@ class Report:
             lines.append(f"note       {self.note}")
         for name, value in self.differences.items():
             note = ": this skip changes nothing, its rows are computed for no effect" if value == 0 else ""
-            lines.append(f"{name:<9}  max |c - p| = {value:.3g} in its first step{note}")
+            lines.append(f"{name:<9}  max |{self.strong} - p| = {value:.3g} in its first step{note}")
         return "\n".join(lines)
 
 
@@ -75,4 +81,16 @@ def new_report(denoiser: Any, plan: Plan | Plans, device: torch.device) -> Repor
         attention=(attention_backend(denoiser.blocks[0].get_submodule(denoiser.spec.self_attention[0])),),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         dtype=str(denoiser.transformer.dtype).removeprefix("torch."),
+        strong="u" if denoiser.config.weak_pass == "negative_prompt" else "c",
+        setting=_in_words(denoiser.config),
+    )
+
+
+def _in_words(config: STGConfig) -> str:
+    """The fields that differ from their defaults, but for a schedule's entries."""
+    changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    if config.schedule is not None:
+        changed["schedule"] = f"{len(config.schedule.entries)} entries"
+    return ", ".join(
+        f"{name}={value}" for name, value in {"scale": config.scale, "mode": config.mode, **changed}.items()
     )

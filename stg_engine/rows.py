@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stg_engine.guard import refuse_left_out, refuse_unhooked
 from stg_engine.hooks import ArgumentHook, Forward
-from stg_engine.layout import Rows, chunk_ranges, each_row, join, narrow, select
+from stg_engine.layout import Rows, chunk_ranges, each_row, index_tensor, join, narrow, select
 from stg_engine.memo import Memo
 from stg_engine.plan import Plan
 
@@ -62,6 +62,7 @@ class Run:
         self.plan, self.spec, self.videos, self.max_rows, self.memo = plan, spec, videos, max_rows, memo
         self.fused, self.prompt, self.lengths, self.full = fused, prompt, lengths, full
         self.names = tuple(branch.name for branch in plan.branches)
+        self._total = len(self.names) * videos
         self._isolated = {branch.name for branch in plan.branches if branch.is_isolated}
         self._live = self.names
         self.next = 0
@@ -130,7 +131,7 @@ class Run:
 
     def videos_of_rows(self, device: torch.device) -> Tensor | None:
         """int64 [R]: the video of each row that the block in hand has; None if there is but one."""
-        return None if self.videos == 1 else _index(tuple(video for _, video in self._current), device)
+        return None if self.videos == 1 else index_tensor(tuple(video for _, video in self._current), device)
 
     def skipping_attention(self, index: int) -> list[int]:
         """Those of the rows in hand that skip the self-attention of block `index`."""
@@ -153,10 +154,6 @@ class Run:
         if key not in self._once:
             self._once[key] = (source, compute())
         return self._once[key][1]
-
-    @property
-    def _total(self) -> int:
-        return len(self.names) * self.videos
 
     @property
     def rows_in_hand(self) -> int:
@@ -311,48 +308,39 @@ class Run:
         return select(value, rows, total)
 
 
-class BlockHook(ArgumentHook):
+class RunHook(ArgumentHook):
+    """Hands a call inside block `index` to the guided forward in progress; without one it steps aside."""
+
+    def __init__(self, slot: Slot, index: int) -> None:
+        super().__init__()
+        self.slot, self.index = slot, index
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward, run = self.fn_ref.original_forward, self.slot.run
+        if run is None:
+            return forward(*args, **kwargs)
+        return self.call(run, module, forward, self.bind(module, args, kwargs))
+
+    def call(self, run: Run, module: nn.Module, forward: Forward, arguments: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class BlockHook(RunHook):
     """Runs a block on the rows of the plan, see `Run.block`."""
 
-    def __init__(self, slot: Slot, index: int) -> None:
-        super().__init__()
-        self.slot, self.index = slot, index
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward = self.fn_ref.original_forward
-        if self.slot.run is None:
-            return forward(*args, **kwargs)
-        return self.slot.run.block(self.index, module, forward, self.bind(module, args, kwargs))
+    def call(self, run: Run, module: nn.Module, forward: Forward, arguments: dict[str, Any]) -> Any:
+        return run.block(self.index, module, forward, arguments)
 
 
-class SelfAttentionHook(ArgumentHook):
+class SelfAttentionHook(RunHook):
     """Runs a block's self-attention on the rows that need it, see `Run.self_attention`."""
 
-    def __init__(self, slot: Slot, index: int) -> None:
-        super().__init__()
-        self.slot, self.index = slot, index
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward, run = self.fn_ref.original_forward, self.slot.run
-        if run is None:
-            return forward(*args, **kwargs)
-        return run.self_attention(self.index, module, forward, self.bind(module, args, kwargs))
+    def call(self, run: Run, module: nn.Module, forward: Forward, arguments: dict[str, Any]) -> Any:
+        return run.self_attention(self.index, module, forward, arguments)
 
 
-class LinkHook(ArgumentHook):
+class LinkHook(RunHook):
     """Runs attention between modalities on the rows that are not isolated, see `Run.link`."""
 
-    def __init__(self, slot: Slot) -> None:
-        super().__init__()
-        self.slot = slot
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward, run = self.fn_ref.original_forward, self.slot.run
-        if run is None:
-            return forward(*args, **kwargs)
-        return run.link(forward, self.bind(module, args, kwargs))
-
-
-@lru_cache(maxsize=256)
-def _index(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device)
+    def call(self, run: Run, module: nn.Module, forward: Forward, arguments: dict[str, Any]) -> Any:
+        return run.link(forward, arguments)

@@ -112,19 +112,20 @@ class OwnPasses(Calls):
 
     def _refuse_arithmetic(self, config: STGConfig) -> None:
         entries = () if config.schedule is None else config.schedule.entries
-        for field, is_used in (
-            ("rescale", config.rescale > 0 or any(entry.rescale > 0 for entry in entries)),
-            ("guidance_scale", any(entry.guidance_scale is not None for entry in entries)),
-            ("cfg_star", config.cfg_star),
-            ("arithmetic", config.arithmetic != "float32"),
-            ("weak_pass", config.weak_pass != "prompt"),
-            ("zero_init", config.zero_init < 1),
-            ("audio", config.audio is not None),
+        for field, is_used, own in (
+            ("rescale", config.rescale > 0, "guidance_rescale and audio_guidance_rescale"),
+            ("schedule", any(e.rescale > 0 or e.guidance_scale is not None for e in entries), "guidance_scale"),
+            ("cfg_star", config.cfg_star, ""),
+            ("arithmetic", config.arithmetic != "float32", ""),
+            ("weak_pass", config.weak_pass != "prompt", ""),
+            ("zero_init", config.zero_init < 1, ""),
+            ("audio", config.audio is not None, "audio_guidance_scale, audio_stg_scale and audio_modality_scale"),
         ):
             if is_used:
+                instead = f"call it with {own}" if own else "use a Denoiser in a loop of your own"
                 raise ValueError(
-                    f"{field} is not allowed with {type(self.pipe).__name__}, which combines the passes by itself; "
-                    "leave it out, and set the pipeline's own arguments"
+                    f"{field}={getattr(config, field)!r} is not allowed with {type(self.pipe).__name__}, which combines "
+                    f"the passes by itself; leave it out, and {instead}"
                 )
 
 

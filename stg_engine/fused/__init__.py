@@ -39,6 +39,7 @@ class Fusion:
         if not self._why_not and (pinned := os.environ.get("STG_ATTENTION")):
             import_module("stg_kernels.attention.dispatch").named(pinned)  # a ValueError before anything runs
         self._family = None if self._why_not else import_module(f"stg_engine.fused.{family}")
+        self.forget_attention()
 
     def attention(self) -> tuple[str, ...]:
         """Per kind of attention, the backend that fused blocks ran since `forget_attention`, in this process."""
