@@ -66,7 +66,6 @@ HUNYUAN_VIDEO_1_5 = register(
         ),
         streams=("hidden_states", "encoder_hidden_states"),
         block_rows=("temb", "attention_mask"),
-        shared_rows=("temb",),
         self_attention=("attn",),
         attention_rows=("hidden_states", "encoder_hidden_states", "attention_mask"),
         attention_skip=own_key_attention,
