@@ -12,6 +12,7 @@ LATTE = register(
         temporal_blocks=("temporal_transformer_blocks.*",),
         latents=("hidden_states", "timestep"),
         prompt=("encoder_hidden_states", "encoder_attention_mask"),
+        several_entries=("encoder_attention_mask",),  # diffusers wants one per frame
         streams=("hidden_states",),
         block_rows=("encoder_hidden_states", "encoder_attention_mask", "timestep"),
         prompt_rows=("encoder_hidden_states",),

@@ -51,6 +51,15 @@ def one_frame(videos, dtype):
     return shared, cond, uncond
 
 
+def masks_per_frame(videos, dtype):
+    """Where there are several frames diffusers takes a bias [B * F, 1, T] alone."""
+    shared, _, _ = inputs(videos, dtype)
+    masked = one_frame(videos, dtype)[1:]
+    for prompt in masked:
+        prompt["encoder_attention_mask"] = prompt["encoder_attention_mask"].repeat_interleave(3, dim=0)
+    return shared, *masked
+
+
 def values_out(attention, hidden_states, **_):
     """STG-A: the attention map is the identity, arXiv 2411.18664 Eq. 17, in one of the factorised attentions."""
     return attention.to_out[0](attention.to_v(hidden_states))
@@ -74,6 +83,7 @@ def skipped(transformer, skip):
 
 CASES = [
     Case("Latte", model, inputs, skipped, axes=("spatial", "temporal")),
+    Case("Latte, a video with masks", model, masks_per_frame, skipped, axes=("spatial", "temporal")),
     # Attention over one frame is V already. Entries of a row: one frame, or 16 patches.
     Case("Latte, an image with masks", model, one_frame, skipped, axes=("spatial",), widths=2),
 ]
