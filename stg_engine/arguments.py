@@ -54,7 +54,7 @@ _NAMES = {
 
 
 def check_pipeline(model: str, pipeline: str) -> None:
-    """ValueError for a class of pipelines that cannot make a clip from a prompt here; `model` is what the user typed."""
+    """ValueError for a class of pipelines that cannot make a clip from a prompt here; `model` is the user's word."""
     if pipeline in TEXT_TO_VIDEO:
         kind = TEXT_TO_VIDEO[pipeline]
         if kind.package is not None and find_spec(kind.package) is None:
@@ -118,22 +118,31 @@ def engine_config(pipe: Any, config: STGConfig) -> STGConfig:
 
 
 def check_size(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """ValueError for a size of LTX pipelines that their patches do not divide; they find out about frames too late.
+    """ValueError for a size that the patches do not divide, which many pipelines find out in the middle of a step.
 
-    The others check their sizes themselves when they are called.
+    What else they demand they check themselves when they are called.
     """
-    if not hasattr(pipe, "transformer_spatial_patch_size"):
-        return
-    defaults = {name: parameter.default for name, parameter in _parameters(pipe).items()}
-    size = {**defaults, **arguments}
-    # What LTX pipelines demand whatever the VAE.
-    side = math.lcm(32, pipe.vae_spatial_compression_ratio * pipe.transformer_spatial_patch_size)
+    known = {name: parameter.default for name, parameter in _parameters(pipe).items()} | dict(arguments)
+    names = ("vae_scale_factor_spatial", "vae_spatial_scale_factor", "vae_scale_factor")
+    factors = [getattr(pipe, name, 1) for name in names]
+    patch = models_of(pipe)[0].config.get("patch_size", 1)
+    side = max(factors) * (patch if isinstance(patch, int) else patch[-1])
+    is_ltx = hasattr(pipe, "transformer_spatial_patch_size")
+    if is_ltx:  # these demand 32 whatever the VAE
+        side = math.lcm(32, pipe.vae_spatial_compression_ratio * pipe.transformer_spatial_patch_size)
     for name in ("height", "width"):
-        if size[name] % side:
-            raise ValueError(f"{name}={size[name]} is not allowed; it must be a multiple of {side}")
-    group, frames = pipe.vae_temporal_compression_ratio * pipe.transformer_temporal_patch_size, size["num_frames"]
-    if frames is not None and (frames - 1) % group:
-        raise ValueError(f"frames={frames} is not allowed; it must be a multiple of {group} plus 1")
+        if known[name] is not None and known[name] % side:
+            raise ValueError(f"{name}={known[name]} is not allowed; it must be a multiple of {side}")
+    if is_ltx and known["num_frames"] is not None:
+        frames, group = known["num_frames"], pipe.vae_temporal_compression_ratio * pipe.transformer_temporal_patch_size
+        if (frames - 1) % group:
+            raise ValueError(f"frames={frames} is not allowed; it must be a multiple of {group} plus 1")
+
+
+def models_of(pipe: Any) -> list[Any]:
+    """The transformers that a denoising loop of the pipeline calls."""
+    names = PIPELINES[type(pipe).__name__].models
+    return [model for name in names if (model := getattr(pipe, name, None)) is not None]
 
 
 def _has_own_guidance(pipe: Any) -> bool:

@@ -117,8 +117,8 @@ def steps_of(calls: Mapping[int, Sequence[Call]], sigmas: Sequence[float | None]
         for _, negative in others:
             _, uncond, _ = split_rows(spec_of(model), negative, 1)
         shared.pop("return_dict", None)
-        cond, uncond = prompts.setdefault(model, (cond, uncond))
-        result.append(Step(model, shared, cond, uncond, guidance_scale, index / len(sigmas), sigmas[index]))
+        prompt = prompts.setdefault(model, (cond, uncond))
+        result.append(Step(model, shared, *prompt, guidance_scale, index / len(sigmas), sigmas[index]))
     return result
 
 

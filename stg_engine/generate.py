@@ -27,13 +27,12 @@ from stg_engine.arguments import (
     default_of,
     engine_config,
     guidance_arguments,
+    models_of,
 )
-from stg_engine.calls import PIPELINES
 from stg_engine.compare import Comparison, compare, noise_levels, recorded_steps, steps_of, synchronize
-from stg_engine.config import STGConfig
 from stg_engine.plan import Plan, Plans
 from stg_engine.reference import recorded_calls
-from stg_engine.settings import Model, Options, Setting, choose_setting, find_model, pipeline_class
+from stg_engine.settings import Model, Options, Setting, choose_setting, find_model, kind_of, pipeline_class
 
 _CLIP = ("height", "width", "frames", "fps", "steps")
 Warn = Callable[[str], None]
@@ -70,6 +69,7 @@ class Clip:
     seconds: float
     step_seconds: list[float]
     report: str = ""
+    audio: media.Audio | None = None
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -164,7 +164,7 @@ def _run_all(
     sigmas = noise_levels(pipe, config)  # of the runs above, whose steps are the same
     wanted = recorded_steps(config, sigmas)
     ticks: list[float] = []
-    with recorded_calls(_models(pipe), lambda: len(ticks) if len(ticks) in wanted else None) as calls:
+    with recorded_calls(models_of(pipe), lambda: len(ticks) if len(ticks) in wanted else None) as calls:
         clips.append(_run(pipe, request, call, setting, ticks))
     engine = {"execution": request.execution, "max_rows": request.max_rows, "kernels": request.kernels}
     return clips, compare(config, steps_of(calls, sigmas, g), **engine)
@@ -182,7 +182,7 @@ def _run(pipe: Any, request: Request, call: dict[str, Any], setting: Setting, ti
     pipe.set_progress_bar_config(desc=" ".join(label.split()), disable=None)  # None: only where stderr is a terminal
     start = time.perf_counter()
     with _attached(pipe, setting, request) as engine:
-        frames = pipe(
+        output = pipe(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt or "",
             generator=torch.Generator("cpu").manual_seed(request.seed),  # the same noise on every device
@@ -190,11 +190,17 @@ def _run(pipe: Any, request: Request, call: dict[str, Any], setting: Setting, ti
             callback_on_step_end=tick,
             **guidance_arguments(pipe, setting),
             **call,
-        ).frames[0]
+        )
         report = "" if engine is None else str(engine.report())
     seconds = time.perf_counter() - start
     step_seconds = [after - before for before, after in pairwise(ticks)]
-    return Clip(label, media.to_uint8(frames), seconds, step_seconds, report)
+    return Clip(label, media.to_uint8(output.frames[0]), seconds, step_seconds, report, _audio(pipe, output))
+
+
+def _audio(pipe: Any, output: Any) -> media.Audio | None:
+    if getattr(output, "audio", None) is None:
+        return None
+    return media.Audio(output.audio[0].float().cpu().numpy(), pipe.vocoder.config.output_sampling_rate)
 
 
 def _attached(pipe: Any, setting: Setting, request: Request) -> AbstractContextManager[stg_engine.Engine | None]:
@@ -202,10 +208,6 @@ def _attached(pipe: Any, setting: Setting, request: Request) -> AbstractContextM
         return nullcontext()
     options: dict[str, Any] = {"execution": request.execution, "max_rows": request.max_rows, "kernels": request.kernels}
     return stg_engine.attach(pipe, engine_config(pipe, setting.config), **options)
-
-
-def _models(pipe: Any) -> list[torch.nn.Module]:
-    return [model for name in PIPELINES[type(pipe).__name__].models if (model := getattr(pipe, name, None)) is not None]
 
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
@@ -237,7 +239,7 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def _call(request: Request, model: Model, pipe: Any) -> dict[str, Any]:
-    """Size, frame rate and steps as arguments of the pipeline: the request's, else the shipped model's, else its own."""
+    """Size, frame rate and steps that the user typed, or the shipped model has, as arguments of the pipeline."""
     options = {name: getattr(request, name) for name in _CLIP}
     if model.is_shipped:
         options = {name: getattr(demo.SETTING, name) if value is None else value for name, value in options.items()}
@@ -273,10 +275,7 @@ def _label(setting: Setting) -> str:
     if config.schedule is not None:
         return f"CFG + STG\n({setting.preset})"
     skips = [f"STG {skip.scale:g}" for skip in config.skips]
-    details = "; ".join(
-        f"{f'{skip.axis} ' if skip.axis else ''}{skip.mode}, layers {','.join(map(str, skip.layers))}"
-        for skip in config.skips
-    )
+    details = "; ".join(f"{kind_of(skip)}, layers {','.join(map(str, skip.layers))}" for skip in config.skips)
     return f"{' + '.join([cfg, *skips] if cfg else skips)}\n({details})"
 
 
@@ -287,7 +286,7 @@ def _describe_plan(plan: Plan | Plans) -> dict[str, Any]:
 
 def _write(paths: list[Path], force: bool, clips: list[Clip], metadata: dict[str, Any]) -> None:
     with media.all_or_nothing(paths, force) as (mp4, png, data):
-        height, width = media.write_mp4(mp4, clips[-1].frames, metadata["fps"])
+        height, width = media.write_mp4(mp4, clips[-1].frames, metadata["fps"], clips[-1].audio)
         title = f"{metadata['prompt']} (seed {metadata['seed']}, {metadata['steps']} steps)"
         media.contact_sheet([(clip.label, clip.frames) for clip in clips], title).save(png, format="PNG")
         media.write_json(data, {**metadata, "mp4": {"height": height, "width": width}})

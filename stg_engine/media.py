@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,8 +99,23 @@ def upscale_factor(height: int, width: int, min_side: int = MIN_SIDE) -> int:
     return max(1, -(-min_side // min(height, width)))
 
 
-def write_mp4(path: Path, frames: np.ndarray, fps: int) -> tuple[int, int]:
-    """Encode uint8 [F, H, W, 3] as H.264, yuv420p, enlarged by `upscale_factor` (nearest). Returns (height, width)."""
+@dataclass(frozen=True)
+class Audio:
+    """Floats [channels, samples] in [-1, 1], mono or stereo, and samples per second. FloatingPointError for NaN."""
+
+    samples: np.ndarray
+    rate: int
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.samples).all():
+            raise FloatingPointError("the model produced NaN or infinity in the audio; nothing was written")
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: float, audio: Audio | None = None) -> tuple[int, int]:
+    """Encode uint8 [F, H, W, 3] as H.264, yuv420p, enlarged by `upscale_factor` (nearest), and `audio` as AAC.
+
+    Returns (height, width).
+    """
     import av
 
     factor = upscale_factor(*frames.shape[1:3])
@@ -110,10 +126,17 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> tuple[int, int]:
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "12", "preset": "medium"}
+        layout = "" if audio is None else {1: "mono", 2: "stereo"}[len(audio.samples)]
+        sound = None if audio is None else container.add_stream("aac", rate=audio.rate, layout=layout)
         for frame in frames:
             image = np.ascontiguousarray(frame.repeat(factor, axis=0).repeat(factor, axis=1))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+        if audio is not None and sound is not None:
+            samples = np.ascontiguousarray(audio.samples.clip(-1, 1), dtype=np.float32)
+            block = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+            block.sample_rate = audio.rate
+            container.mux([*sound.encode(block), *sound.encode()])
     return height, width
 
 

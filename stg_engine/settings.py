@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stg_engine import demo
-from stg_engine.config import StepGuidance, STGConfig
+from stg_engine.config import Skip, StepGuidance, STGConfig
 from stg_engine.conventions import CONVENTIONS
 from stg_engine.models import ModelSpec, spec_of
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
@@ -72,7 +72,7 @@ class Setting:
         if self.config.schedule is not None:
             return f"{origin}a schedule of {len(self.config.schedule.entries)} entries, {self.config.mode} skip{where}"
         skips = ", ".join(
-            f"{f'{s.axis} ' if s.axis else ''}{s.mode} skip of {', '.join(map(str, s.layers))}{where} at scale {s.scale:g}"
+            f"{kind_of(s)} skip of {', '.join(map(str, s.layers))}{where} at scale {s.scale:g}"
             for s in self.config.skips
         )
         return f"{origin}{skips}, rescale {self.config.rescale:g}, guidance scale {self.guidance_scale:g}"
@@ -84,6 +84,11 @@ class Setting:
             return build_plans(self.config, model.num_layers, guidance_scale=self.guidance_scale, **options)
         guidance = StepGuidance() if self.config is None else self.config
         return Plan.build(guidance, model.num_layers, uncond=self.guidance_scale > 1, **options)
+
+
+def kind_of(skip: Skip) -> str:
+    """ "residual", "spatial attention", ..."""
+    return skip.mode if skip.axis is None else f"{skip.axis} {skip.mode}"
 
 
 def find_model(name: str | None) -> Model:
@@ -100,7 +105,7 @@ def find_model(name: str | None) -> Model:
         return _from_config(folder / _CONFIG, str(folder), str(folder), is_shipped=True)
     folder = Path(name)
     if folder.is_dir():
-        for path in (folder / _CONFIG, folder / "config.json"):
+        for path in (folder / _CONFIG, folder / "unet" / "config.json", folder / "config.json"):
             if path.is_file():
                 return _from_config(path, name, name, is_shipped=folder.resolve() == demo.model_path().resolve())
         raise ValueError(f"model={name!r}: the folder holds neither {_CONFIG} nor config.json")

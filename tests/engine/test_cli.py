@@ -242,7 +242,7 @@ def test_the_clip_is_what_the_pipeline_gives(small, model, tmp_path, monkeypatch
 
     written = {}
     monkeypatch.setattr(
-        media, "write_mp4", lambda path, frames, fps: written.update(frames=frames) or path.touch() or (1, 1)
+        media, "write_mp4", lambda path, frames, fps, audio: written.update(frames=frames) or path.touch() or (1, 1)
     )
     assert cli.main([*small, "--seed", "5"]) == 0
     pipe = LTXPipeline.from_pretrained(model)

@@ -1,31 +1,31 @@
 """`stg-engine generate` on a tiny saved pipeline of each family, and what it refuses."""
 
 import json
-import sys
-from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from inspect import signature
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
+import av
 import diffusers
 import numpy as np
 import pytest
 import torch
-from engine.test_cli import names, one_error_line
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+from engine.test_cli import names, one_error_line
 from engine.tiny import tiny_pipeline
 from models import ltx2_pipes
 from models.families import cogvideox
-from models.pipelines import hunyuan_video, latte, mochi, svd, wan
 from models.pipelines import cogvideox as cogvideox_pipes
+from models.pipelines import hunyuan_video, latte, mochi, svd, wan
 from models.text import tiny_t5
 
 import stg_engine
-from stg_engine import arguments, cli, compare, media
+from stg_engine import arguments, cli, compare, generate, media
 from stg_engine.calls import PIPELINES
-from stg_engine.config import Skip, STGConfig
-from stg_engine.models import spec_of
-from stg_engine.settings import GUIDANCE_SCALES
+from stg_engine.config import STGConfig
+from stg_engine.presets import PRESETS
+from stg_engine.settings import GUIDANCE_SCALES, Setting
 
 
 def cogvideox_pipeline():
@@ -118,15 +118,19 @@ def offline(monkeypatch):
 def run(folder, tmp_path, monkeypatch):
     """A function: options -> (metadata, the frames written), of a clip of 3 steps in which layer 1 is skipped."""
 
-    def generate(name, *options):
+    def run(name, *options):
         frames = {}
         write = media.write_mp4
         with monkeypatch.context() as patch:
-            patch.setattr(media, "write_mp4", lambda path, f, fps: frames.update(f=f, fps=fps) or write(path, f, fps))
+            patch.setattr(
+                media,
+                "write_mp4",
+                lambda path, f, fps, audio: (frames.update(f=f, fps=fps), write(path, f, fps, audio))[1],
+            )
             assert cli.main(["generate", *arguments_of(folder, name, tmp_path), *options]) == 0
         return json.loads((tmp_path / "clip.json").read_text()), frames["f"], frames["fps"]
 
-    return generate
+    return run
 
 
 def arguments_of(folder, name, tmp_path):
@@ -153,6 +157,24 @@ def test_compare(run, tmp_path, name):
     assert 0 < data["compare"]["error"] <= compare.MARGIN * data["compare"]["rounding"] < 1e-4
 
 
+@pytest.mark.parametrize("name", ["MochiPipeline", "WanPipeline", "WanPipeline 2.2"])
+def test_steps_that_are_compared_have_the_prompts_of_the_run(run, folder, monkeypatch, name):
+    seen, own = [], generate.compare
+    monkeypatch.setattr(generate, "compare", lambda config, steps, **o: seen.extend(steps) or own(config, steps, **o))
+    run(name, "--compare", "--negative-prompt", "bb", "--guidance-scale", "2")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder(name))
+    embeddings = [pipe.encode_prompt(text, do_classifier_free_guidance=False)[0] for text in ("a", "bb")]
+    assert not torch.allclose(embeddings[0][:, :2], embeddings[1][:, :2])
+    assert [step.progress for step in seen] == [0, 1 / 3, 2 / 3]
+    for step in seen:
+        for prompt, embedding in zip((step.cond, step.uncond), embeddings, strict=True):
+            # "a" and its end; calls and `encode_prompt` pad to different lengths.
+            torch.testing.assert_close(prompt["encoder_hidden_states"][:, :2], embedding[:, :2])
+        assert (step.guidance_scale, step.sigma, len(step.shared["hidden_states"])) == (2.0, None, 1)
+    assert len({id(step.transformer) for step in seen}) == (2 if name == "WanPipeline 2.2" else 1)
+    assert not torch.equal(seen[0].shared["hidden_states"], seen[1].shared["hidden_states"])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_clip_is_what_the_pipeline_gives(run, folder, name):
     data, written, _ = run(name, "--seed", "5", "--guidance-scale", "2", "--negative-prompt", "b")
@@ -170,7 +192,149 @@ def test_the_clip_is_what_the_pipeline_gives(run, folder, name):
     assert data["guidance_scale"] == 2.0
 
 
-def test_ltx_2(run):
-    data, frames, _ = run("LTX2Pipeline", "--guidance-scale", "2", "--rescale", "0.5")
-    assert frames.shape == (5, 32, 32, 3)
-    print(data["report"])
+def test_ltx_2_is_the_stg_of_diffusers_itself(run, folder, tmp_path):
+    """Scales, rescale and sound reach the pipeline, whose own STG gives the same clip."""
+    mode = ["--stg-mode", "attention", "--stg-scale", "8", "--rescale", "0.6", "--guidance-scale", "2"]
+    data, frames, _ = run("LTX2Pipeline", *mode, "--fps", "12")
+    pipe = diffusers.LTX2Pipeline.from_pretrained(folder("LTX2Pipeline"))
+    pipe.set_progress_bar_config(disable=True)
+    scales = {"guidance_scale": 2.0, "stg_scale": 8.0, "modality_scale": 1.0, "guidance_rescale": 0.6}
+    call = {**scales, **{f"audio_{name}": value for name, value in scales.items()}}
+    call |= {"height": 32, "width": 32, "num_frames": 5, "frame_rate": 12, "num_inference_steps": 3}
+    call |= {"spatio_temporal_guidance_blocks": [1], "negative_prompt": "", "output_type": "np"}
+    output = pipe("a", generator=torch.Generator().manual_seed(0), **call)
+    assert np.abs(frames.astype(int) - media.to_uint8(output.frames[0])).max() <= 1
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        (video,), (sound,) = container.streams.video, container.streams.audio
+        assert (video.average_rate, sound.rate, sound.channels) == (12, 24000, 2)
+        samples = sum(frame.samples for frame in container.decode(sound))
+    # AAC comes in blocks of 1024 samples, with one or two of them for its delay.
+    assert output.audio.shape[-1] <= samples <= output.audio.shape[-1] + 3 * 1024
+    assert data["guidance_scale"] == 2.0
+    plain = pipe("a", generator=torch.Generator().manual_seed(0), **{**call, "stg_scale": 0.0, "audio_stg_scale": 0.0})
+    assert np.abs(frames.astype(int) - media.to_uint8(plain.frames[0])).max() > 4
+
+
+def test_what_the_preset_of_ltx_2_says_goes_to_the_pipeline():
+    pipe, preset = ltx2_pipes.build("text", "LTX-2.3"), PRESETS["ltx-2.3"]
+    setting = Setting(preset.config, 3.0, preset.name)
+    scales = arguments.guidance_arguments(pipe, setting)
+    assert scales == {
+        "guidance_scale": 3.0,
+        "stg_scale": 1.0,
+        "modality_scale": 3.0,
+        "guidance_rescale": 0.7,
+        "audio_guidance_scale": 7.0,
+        "audio_stg_scale": 1.0,
+        "audio_modality_scale": 3.0,
+        "audio_guidance_rescale": 0.7,
+    }
+    config = arguments.engine_config(pipe, preset.config)
+    assert (config.layers, config.modality_scale, config.rescale, config.audio) == ((28,), 3.0, 0.0, None)
+    without = arguments.guidance_arguments(pipe, Setting(None, 1.0, None))
+    assert {name: value for name, value in without.items() if "rescale" not in name} == {
+        name: 0.0 if "stg" in name else 1.0 for name in scales if "rescale" not in name
+    }
+    assert arguments.guidance_arguments(pipe, replace(setting, guidance_scale=1.0))["audio_guidance_scale"] == 1.0
+
+
+def test_latte_by_axis(run, tmp_path):
+    data, _, _ = run("LattePipeline", "--stg-mode", "attention", "--stg-axis", "temporal", "--compare", "--fps", "5")
+    assert (data["stg"]["axis"], data["fps"]) == ("temporal", 5)
+    assert data["runs"][-1]["label"] == "CFG 7.5 + STG 1\n(temporal attention, layers 1)"
+    assert data["compare"]["error"] <= compare.MARGIN * data["compare"]["rounding"]
+
+
+def test_frames_that_the_pipeline_does_not_make_are_told(run, capsys):
+    data, frames, _ = run("MochiPipeline", "--frames", "9")
+    assert (len(frames), data["frames"]) == (7, 7)
+    assert "warning: frames=9: MochiPipeline made 7 frames" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", ["2", None])
+def test_hunyuan_video_has_uncond_only_if_asked_for(run, scale):
+    options = [] if scale is None else ["--guidance-scale", scale]
+    data, _, _ = run("HunyuanVideoPipeline", *options)
+    assert data["plan"]["pass_equivalents"] == (1.5 if scale is None else 2.5)
+    assert "10 of 12 block-rows" in data["report"] if scale else "6 of 8 block-rows" in data["report"]
+
+
+def test_comparison_of_a_weak_uncond_counts_two_passes(run):
+    data, _, _ = run("WanPipeline", "--preset", "slg-uncond", "--compare")
+    assert data["compare"]["passes"] == 2
+    assert data["compare"]["error"] <= compare.MARGIN * data["compare"]["rounding"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "needles"),
+    [
+        ("MochiPipeline", "--height 24", ["height=24", "multiple of 16"]),
+        ("LattePipeline", "--width 10", ["`height` and `width` have to be divisible by 8 but are 8 and 10."]),
+        ("WanPipeline", "--stg-axis temporal", ["axis='temporal'", "no factorised attention"]),
+        ("LattePipeline", "--stg-mode attention", ["axis=None", "'spatial', 'temporal'"]),
+        ("LattePipeline", "--stg-axis up", ["axis='up'", "'spatial', 'temporal'"]),
+        ("LTX2Pipeline", "--compare", ["compare: LTX-2 predicts video and audio"]),
+        ("LTX2Pipeline", "--frames 6", ["frames=6", "multiple of"]),
+        ("SVD", "", ["StableVideoDiffusionPipeline", "does not start from a prompt", "generate runs LTXPipeline"]),
+    ],
+)
+def test_bad_requests(folder, tmp_path, capsys, name, options, needles):
+    assert cli.main(["generate", *arguments_of(folder, name, tmp_path), *options.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    error = err.strip().split("\n")[-1]  # below diffusers' own warnings of tiny parts
+    assert error.startswith("stg-engine: error: ")
+    for needle in needles:
+        assert needle in error
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("index", "needles"),
+    [
+        ('{"_class_name": "FluxPipeline"}', ["is a FluxPipeline, which is not supported", *arguments.TEXT_TO_VIDEO]),
+        ('{"_class_name": "WanImageToVideoPipeline"}', ["does not start from a prompt alone", "stg_engine.attach"]),
+        ("{", ["cannot read", "model_index.json"]),
+        ("[]", ["cannot read", "model_index.json"]),
+    ],
+)
+def test_the_pipeline_is_known_before_its_weights_load(tmp_path, capsys, monkeypatch, index, needles):
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("weights"))
+    (tmp_path / "model_index.json").write_text(index)
+    options = ["--model", str(tmp_path), "--prompt", "a", "--out", str(tmp_path / "clip.mp4")]
+    assert cli.main(["generate", *options]) == 2
+    one_error_line(capsys, *needles)
+
+
+def test_a_package_that_prompts_need(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    assert cli.main(["generate", *arguments_of(folder, "SkyReelsV2Pipeline", tmp_path)]) == 2
+    assert "SkyReelsV2Pipeline need the package ftfy, which is not installed" in capsys.readouterr().err
+
+
+def test_an_option_that_the_call_does_not_take():
+    class Square:
+        def __call__(self, prompt, size, num_inference_steps=7): ...
+
+    with pytest.raises(ValueError, match=r"height=8 is not allowed: Square does not take it"):
+        arguments.call_arguments(Square(), {"height": 8, "steps": None})
+    assert arguments.call_arguments(Square(), {"steps": 3, "fps": 5, "width": None}) == {"num_inference_steps": 3}
+    assert (arguments.default_of(Square(), "steps"), arguments.default_of(Square(), "fps")) == (7, None)
+
+
+@pytest.mark.parametrize("name", arguments.TEXT_TO_VIDEO)
+def test_defaults_are_those_of_the_pipelines(name):
+    kind, parameters = getattr(diffusers, name), signature(getattr(diffusers, name).__call__).parameters
+    known = arguments.TEXT_TO_VIDEO[name]
+    transformer = str(kind.__init__.__annotations__["transformer"])
+    (scale,) = [scale for model, scale in GUIDANCE_SCALES.items() if model in transformer]
+    assert scale == parameters[known.guidance_scale].default
+    assert {"prompt", "negative_prompt", "generator", "output_type", "callback_on_step_end"} <= set(parameters)
+    assert name in PIPELINES
+    rates = [parameters[rate].default for rate in ("frame_rate", "fps") if rate in parameters]
+    assert rates in ([], [known.fps])
+
+
+def test_plan_of_a_unet(folder, capsys):
+    assert cli.main(["plan", "--model", folder("SVD"), "--stg-layers", "0"]) == 0
+    assert "Stable Video Diffusion" in capsys.readouterr().out
