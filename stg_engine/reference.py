@@ -104,14 +104,13 @@ def passes_one_by_one(
     `weak_pass` as in `STGConfig`: the skip passes read uncond's prompt, or there are none and uncond is skipped.
     """
     _check_plain(transformer)
-    call = {**shared, "return_dict": False}
-    branches = {"cond": transformer(**call, **cond)[0]}
+    branches = {"cond": _output(transformer, shared, cond)}
     if uncond is not None:
-        branches["uncond"] = transformer(**call, **uncond)[0]
+        branches["uncond"] = _output(transformer, shared, uncond)
     for name, skip in zip(_names(skips), skips, strict=True):
         name, prompt = _weak(name, weak_pass, cond, uncond)
         with skipped(transformer, skip):
-            branches[name] = transformer(**call, **prompt)[0]
+            branches[name] = _output(transformer, shared, prompt)
     return branches
 
 
@@ -136,8 +135,14 @@ def passes_in_one_batch(
     with ExitStack() as stack:
         for (name, _), skip in zip(weak, skips, strict=True):
             stack.enter_context(skipped(transformer, skip, list(prompts).index(name), len(prompts)))
-        output = transformer(**call, return_dict=False)[0]
+        output = _output(transformer, call)
     return dict(zip(prompts, output.chunk(len(prompts)), strict=True))
+
+
+def _output(transformer: nn.Module, *inputs: dict[str, Any]) -> Tensor:
+    options = {"return_dict": False} if "return_dict" in signature_of(type(transformer)).parameters else {}
+    output = transformer(**{name: value for group in inputs for name, value in group.items()}, **options)
+    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
