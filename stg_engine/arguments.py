@@ -64,7 +64,7 @@ def check_pipeline(model: str, pipeline: str) -> None:
         return
     why = "which is not supported"
     if pipeline in PIPELINES:
-        why = "which does not start from a prompt alone; use stg_engine.attach in Python"
+        why = "which generate does not run (it gives a pipeline a prompt, no image); use stg_engine.attach in Python"
     raise ValueError(f"model={model!r} is a {pipeline}, {why}; generate runs {', '.join(TEXT_TO_VIDEO)}")
 
 

@@ -48,7 +48,7 @@ def test_guided_prediction(case):
         expected[video] *= 0.6 * c[video].std() / expected[video].std() + 0.4
     for one_batch in (False, True):
         guided = reference.three_passes(model, config, *inputs, G, one_batch=one_batch)
-        torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+        assert (guided - expected).norm() < 1e-4 * expected.norm()
 
 
 @torch.no_grad()
