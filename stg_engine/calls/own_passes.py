@@ -124,8 +124,8 @@ class OwnPasses(Calls):
             if is_used:
                 instead = f"call it with {own}" if own else "use a Denoiser in a loop of your own"
                 raise ValueError(
-                    f"{field}={getattr(config, field)!r} is not allowed with {type(self.pipe).__name__}, which combines "
-                    f"the passes by itself; leave it out, and {instead}"
+                    f"{field}={getattr(config, field)!r} is not allowed with {type(self.pipe).__name__}, which "
+                    f"combines the passes by itself; leave it out, and {instead}"
                 )
 
 

@@ -140,7 +140,7 @@ def test_bf16_is_as_near_as_the_plain_forward(case):
                 ratios[name, i].append(errors[0] / errors[1])
     for key, values in ratios.items():
         ratio = torch.stack(values)
-        assert ratio.mean() <= 1 + 2 * ratio.std() / len(ratio) ** 0.5, key
+        assert ratio.mean() <= 1 + 3 * ratio.std() / len(ratio) ** 0.5, key
 
 
 @references
