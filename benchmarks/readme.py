@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from benchmarks import record
@@ -151,7 +152,10 @@ def support_table() -> str:
         hosts = ", ".join(pipelines.get(spec.transformer, ("`Denoiser` alone",)))
         lora = "yes" if hasattr(getattr(diffusers, spec.transformer), "add_adapter") else "no"
         skip = SKIPS[spec.attention_skip.__name__]
-        cells = (spec.family, skip, axes, hosts, "yes" if spec.fused else "no", "yes", lora, "yes", "no")
+        fused = "no" if spec.fused is None else "yes"
+        if spec.fused is not None and hasattr(import_module(f"stg_engine.fused.{spec.fused}"), "ATTENTION_ALONE"):
+            fused = "attention"
+        cells = (spec.family, skip, axes, hosts, fused, "yes", lora, "yes", "no")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

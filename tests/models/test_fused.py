@@ -114,7 +114,10 @@ def test_serial_does_not_depend_on_the_batch(case):
 
 @pytest.mark.parametrize("case", FAMILIES, ids=str)
 def test_bf16_is_as_near_as_the_plain_forward(case):
-    """Over eight models, no ratio of errors is larger than 1 by more than twice its standard error."""
+    """Over eight models, no ratio of errors is larger than 1 by more than three times its standard error.
+
+    There are some hundred ratios: by chance a few are beyond two.
+    """
     config, ratios = config_of(*(s for s in case.skips() if s.layers == (1,))), defaultdict(list)
 
     def widened(value):

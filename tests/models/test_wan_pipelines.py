@@ -272,7 +272,9 @@ FORCED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments", "config"), FORCED, ids=str)
+@pytest.mark.parametrize(
+    ("name", "arguments", "config"), FORCED, ids=lambda value: "+".join(value) if isinstance(value, dict) else value
+)
 def test_frames_of_different_noise_levels(name, arguments, config):
     case = BY_NAME[name]
     pipe = build(type(case.build()), unipc, kind=SkyReelsV2Transformer3DModel, **config)
