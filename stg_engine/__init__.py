@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stg_engine.config import ScheduleEntry, Skip, STGConfig, STGSchedule
+from stg_engine.config import AudioGuidance, ScheduleEntry, Skip, STGConfig, STGSchedule
 from stg_engine.plan import Plan
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AudioGuidance",
     "Denoiser",
     "Engine",
     "Plan",

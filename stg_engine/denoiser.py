@@ -14,7 +14,7 @@ from stg_engine import guidance
 from stg_engine.combine import Combiner, check_conventions, per_output
 from stg_engine.config import StepGuidance, STGConfig, number
 from stg_engine.fused import Fusion
-from stg_engine.guard import refuse_compiled, refuse_in_guided_step, refuse_left_out
+from stg_engine.guard import refuse_compiled, refuse_in_guided_step, refuse_left_out, refuse_misfit
 from stg_engine.hooks import install, is_installed, remove, signature_of
 from stg_engine.inputs import Inputs, all_rows, check_inputs, kept_prompt, key_lengths
 from stg_engine.memo import Memo, fingerprint
@@ -62,6 +62,7 @@ class Denoiser:
         self.blocks = self.spec.block_list(transformer)
         self.num_layers = len(self.blocks) // len(self.spec.axes)
         refuse_compiled(transformer, self.blocks)
+        refuse_misfit(self.spec, transformer, self.blocks)
         self.config = self._published() if config is None else config
         self.execution, self.kernels, self.max_rows = execution, kernels, _max_rows(execution, max_rows)
         if kernels not in KERNELS:
@@ -327,8 +328,7 @@ class Denoiser:
         self._forget_child_registries()
 
     def _forget_child_registries(self) -> None:
-        registry = getattr(self.transformer, "_diffusers_hook", None)
-        if registry is not None:
+        if (registry := getattr(self.transformer, "_diffusers_hook", None)) is not None:
             registry.invalidate_child_registries_cache()
 
 

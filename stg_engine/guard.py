@@ -8,7 +8,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from stg_engine.hooks import EngineHook, hook_of
+from stg_engine.hooks import EngineHook, hook_of, signature_of
+
+
+def refuse_misfit(spec: Any, transformer: nn.Module, blocks: list[nn.Module]) -> None:
+    """`ValueError` that names what a `ModelSpec` says and the model does not have."""
+    kind = type(transformer).__name__
+    if not blocks:
+        raise ValueError(f"blocks={spec.blocks!r} of the ModelSpec for {spec.family} is nothing in this {kind}")
+    if len({*map(id, blocks)}) < len(blocks):
+        raise ValueError(f"blocks={spec.blocks!r} of the ModelSpec for {spec.family} names a block twice")
+    for names, module in (((*spec.latents, *spec.prompt), transformer), (spec.streams, blocks[0])):
+        known = signature_of(type(module)).parameters
+        for name in names:
+            if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+                raise ValueError(
+                    f"{name!r} of the ModelSpec for {spec.family} is no argument of {type(module).__name__}.forward; "
+                    f"it has {', '.join(list(known)[1:])}"
+                )
 
 
 def refuse_compiled(transformer: nn.Module, blocks: Iterable[nn.Module]) -> None:

@@ -17,6 +17,7 @@ from engine.tiny import tiny_inputs, tiny_transformer
 from torch import nn
 
 from stg_engine import Denoiser, STGConfig, hooks
+from stg_engine.models import base
 from stg_engine.models.ltx import LTX_VIDEO
 
 FIRST_BLOCK_CACHE = FirstBlockCacheConfig(threshold=0.1)
@@ -325,3 +326,24 @@ def test_modules_called_outside_a_guided_forward(transformer):
     with Denoiser(transformer, STGConfig(layers=(1,))):
         hooked = transformer.rope(hidden_states=x, num_frames=2, height=3, width=4), transformer.proj_in(input=x)
     torch.testing.assert_close(hooked, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": ("layers.*",)}, r"blocks=\('layers.\*',\) .* is nothing in this LTXVideoTransformer3DModel"),
+        ({"blocks": ("transformer_blocks.*", "transformer_blocks.*")}, "names a block twice"),
+        (
+            {"latents": ("hidden_states", "timesteps")},
+            "'timesteps' .* no argument of LTXVideoTransformer3DModel",
+        ),
+        ({"prompt": ("text",)}, "'text' .* no argument of LTXVideoTransformer3DModel.forward"),
+        ({"streams": ("x",)}, "'x' .* no argument of LTXVideoTransformerBlock.forward; it has hidden_states"),
+    ],
+)
+def test_a_spec_that_does_not_fit_the_model_is_an_error(monkeypatch, changes, message):
+    transformer = tiny_transformer()
+    spec = replace(base.spec_of(transformer), **changes)
+    monkeypatch.setitem(base._SPECS, spec.transformer, spec)
+    with pytest.raises(ValueError, match=message):
+        Denoiser(transformer, STGConfig(layers=(1,)))
