@@ -147,7 +147,7 @@ def support_table() -> str:
         "| model | attention skip gives | axes | pipelines | fused blocks | serial | LoRA | offload | CUDA graph |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
-    for spec in supported():
+    for spec in (spec for spec in supported() if hasattr(diffusers, spec.transformer)):
         axes = ", ".join(filter(None, spec.axes)) or "-"
         hosts = ", ".join(pipelines.get(spec.transformer, ("`Denoiser` alone",)))
         lora = "yes" if hasattr(getattr(diffusers, spec.transformer), "add_adapter") else "no"

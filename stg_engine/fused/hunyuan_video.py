@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoAttnProcessor2_0,
     HunyuanVideoSingleTransformerBlock,
@@ -42,6 +43,7 @@ def supports(transformer: Any, block: Any, dtype: torch.dtype) -> bool:
     return (
         type(block) in BLOCKS
         and runs_own_forward(block)
+        and type(block.attn) is Attention
         and is_plain(block.attn)
         and type(block.attn.processor) in PROCESSORS
         and not chosen_in_diffusers(block.attn.processor)

@@ -383,8 +383,9 @@ def test_help_and_errors_are_fast_and_light():
 
 
 TELL_WHEN_STEPPING = """
-import sys, diffusers
+import signal, sys, diffusers
 from stg_engine.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 scheduler = diffusers.FlowMatchEulerDiscreteScheduler
 step = scheduler.step
 scheduler.step = lambda *args, **kwargs: (print("stepping", flush=True), step(*args, **kwargs))[1]
