@@ -31,8 +31,10 @@ class EngineHook(ModelHook):
 def signature_of(kind: type) -> inspect.Signature:
     """Of the class's forward; a subclass that hands everything on by *args and **kwargs has that of its parent."""
     signatures = [inspect.signature(vars(base)["forward"]) for base in kind.__mro__ if "forward" in vars(base)]
-    named = [s for s in signatures if not any(p.kind is p.VAR_POSITIONAL for p in s.parameters.values())]
-    return (named or signatures)[0]
+    kinds = {s: [p.kind for p in s.parameters.values()] for s in signatures}
+    named = (s for s in signatures if inspect.Parameter.VAR_POSITIONAL not in kinds[s])
+    most = max(signatures, key=lambda s: kinds[s].count(inspect.Parameter.POSITIONAL_OR_KEYWORD))
+    return next(named, most)
 
 
 class ArgumentHook(EngineHook):

@@ -46,7 +46,6 @@ class OwnPasses(Calls):
 
     def guidance(self, planned: StepGuidance, config: STGConfig) -> StepGuidance:
         pipe, skips = self.pipe, planned.skips
-        self._refuse_arithmetic(config)
         if config is self.own:
             layers = self._layers if pipe.do_spatio_temporal_guidance else None
             skips = (Skip(layers, mode="attention"),) if layers else ()
@@ -60,10 +59,14 @@ class OwnPasses(Calls):
 
     def plans(self, denoiser: Denoiser) -> Plan | Plans:
         config = denoiser.config
+        self._refuse_arithmetic(config)
         if config.schedule is not None:
             return super().plans(denoiser)
         planned = StepGuidance(tuple(s for s in config.skips if s.scale > 0), modality_scale=config.modality_scale)
         return denoiser.plan(self.guidance(planned, config), uncond=bool(self.has_uncond()))
+
+    def rescale(self) -> float:
+        return 0.0  # the pipeline's own is its own; a config's is refused
 
     def predict(self, step: Step, arguments: dict[str, Any]) -> Any:
         return_dict = arguments.get("return_dict", True)
