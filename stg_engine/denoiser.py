@@ -38,6 +38,7 @@ class Denoiser:
     max_rows     at most this many rows at once; serial is max_rows=1
     kernels      "auto": blocks and guidance from `stg_kernels` where family and device have them; "off": the modules as
                  they are. `fusion.used` says what the last guided step ran
+    share        False: branches that are equal are computed all the same, which shows what sharing is worth
 
     What follows from prompt and weights alone is kept from step to step; call `release()` after writing either in a way
     that PyTorch does not count: through `.data`, as hotswapping a LoRA does, or through a NumPy array. `differences`
@@ -56,6 +57,7 @@ class Denoiser:
         execution: str = "batched",
         max_rows: int | None = None,
         kernels: str = "auto",
+        share: bool = True,
     ) -> None:
         self.spec = spec_of(getattr(transformer, "_orig_mod", transformer))
         self.transformer = transformer
@@ -67,6 +69,7 @@ class Denoiser:
         self.execution, self.kernels, self.max_rows = execution, kernels, _max_rows(execution, max_rows)
         if kernels not in KERNELS:
             raise ValueError(f"kernels={kernels!r} is not allowed; choose one of {', '.join(map(repr, KERNELS))}")
+        self.share = share
         self._check_config()
         if is_installed(self.blocks[0]):
             raise ValueError(
@@ -145,13 +148,13 @@ class Denoiser:
         """Rows per block for one step's guidance."""
         key = (step, uncond)
         if key not in self._plans:
-            options = self.spec.plan_options(is_on=step.is_guided)
+            options = self._plan_options(is_on=step.is_guided)
             self._plans[key] = Plan.build(step, self.num_layers, uncond=uncond, **options)
         return self._plans[key]
 
     def plans(self, guidance_scale: float | None = None, *, uncond: bool = True) -> Plan | Plans:
         """The config's plan while its skips are on, uncond left out at `guidance_scale` <= 1; a schedule's plans."""
-        options = self.spec.plan_options(is_on=self.config.is_on)
+        options = self._plan_options(is_on=self.config.is_on)
         if self.config.schedule is not None:
             scale = guidance_scale if uncond else 1.0
             return build_plans(self.config, self.num_layers, guidance_scale=scale, **options)
@@ -270,6 +273,9 @@ class Denoiser:
         options = {"return_dict": False} if "return_dict" in signature_of(type(self.transformer)).parameters else {}
         outputs = forward(**rows, **options)
         return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def _plan_options(self, *, is_on: bool) -> dict[str, Any]:
+        return {**self.spec.plan_options(is_on=is_on), "is_shared": self.share}
 
     def _once_per_prompt(self) -> list[nn.Module]:
         modules = modules_at(self.transformer, self.spec.once_per_prompt)

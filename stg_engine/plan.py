@@ -55,6 +55,7 @@ class Plan:
     axes          (None,), or ("spatial", "temporal"): the blocks of a layer, in order
     prompt_block  the first block that reads the prompt; -1: uncond and cond differ before the blocks
     shares_attention   whether the self-attention of that block comes before it reads the prompt
+    is_shared     False: every branch has rows of its own from the start, what sharing is measured against
     """
 
     branches: tuple[Branch, ...]
@@ -62,6 +63,7 @@ class Plan:
     axes: tuple[str | None, ...] = (None,)
     prompt_block: int = 0
     shares_attention: bool = True
+    is_shared: bool = True
     title: str = ""
 
     @classmethod
@@ -74,6 +76,7 @@ class Plan:
         axes: tuple[str | None, ...] = (None,),
         prompt_block: int = 0,
         shares_attention: bool = True,
+        is_shared: bool = True,
         title: str = "",
     ) -> Plan:
         """The plan of one step. `ValueError` for a layer or axis that the model does not have, and for a schedule."""
@@ -102,7 +105,7 @@ class Plan:
         branches += [Branch(name, prompt, blocks) for name, blocks in zip(guidance.names, skipped, strict=True)]
         if guidance.modality_scale != 1:
             branches.append(Branch("modality", is_isolated=True))
-        return cls(tuple(branches), num_layers * len(axes), axes, prompt_block, shares_attention, title)
+        return cls(tuple(branches), num_layers * len(axes), axes, prompt_block, shares_attention, is_shared, title)
 
     @cached_property
     def forks(self) -> Mapping[str, Fork]:
@@ -122,7 +125,7 @@ class Plan:
         return forks
 
     def _equal_until(self, a: Branch, b: Branch) -> int:
-        if a.prompt != b.prompt and self.prompt_block < 0:
+        if not self.is_shared or (a.prompt != b.prompt and self.prompt_block < 0):
             return -1
         for block in range(self.num_blocks):
             if (
@@ -206,6 +209,8 @@ class Plan:
         layers = ", ".join(map(self._label, branch.skips))
         modes = "/".join(sorted(set(branch.skips.values())))
         parent = next(other for other in self.branches if other.name == fork.parent)
+        if not self.is_shared:
+            return "shares nothing"
         reasons = ["its prompt enters"] if branch.prompt != parent.prompt else []
         reasons += [f"{modes} skip of {layers}"] if branch.skips else []
         reasons += ["its modalities are isolated"] if branch.is_isolated else []

@@ -20,7 +20,7 @@ LAYERS = [
     {"guard"},
     {"rows"},
     {"models", "fused", "once"},
-    {"inputs", "combine"},
+    {"inputs", "combine", "runtime"},
     {"denoiser", "reference"},
     {"report", "compare", "calls"},
     {"pipeline", "guider", "export"},
@@ -28,6 +28,7 @@ LAYERS = [
     {"settings"},
     {"arguments"},
     {"generate"},
+    {"bench"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -37,7 +38,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 LAZY_UP = {("config", "presets")}  # STGConfig.preset("name")
 
 # Inside a folder the files are siblings; these are what they share.
-SHARED = {"models": {"base"}, "calls": {"base"}}
+SHARED = {"models": {"base"}, "calls": {"base"}, "bench": {"case", "record"}}
 
 # Plain data: these may load nothing but the standard library and each other.
 STANDARD_LIBRARY_ONLY = {"schedule", "config", "conventions", "presets", "comfyui", "plan"}

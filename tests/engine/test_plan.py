@@ -168,3 +168,11 @@ def test_plans_draw_equal_pictures_once():
     text = str(build_plans(STGConfig.preset("ltx-video-13b"), 48))
     assert text.count("sigma ") == 7
     assert text.count("blocks  ") == 4
+
+
+def test_a_plan_that_shares_nothing():
+    plan = Plan.build(STGConfig(layers=(19,)), 28, is_shared=False)
+    assert plan.block_rows == 3 * 28 - 1  # a residual skip's row passes block 19 by
+    assert all(names == ("uncond", "cond", "skip") for block, names in enumerate(plan.rows) if block != 19)
+    assert not any(plan.shared_attention(block) for block in range(28))
+    assert str(plan).count("shares nothing") == 2

@@ -63,6 +63,19 @@ def test_branches_equal_passes_run_alone(case, skip, videos):
     assert effect > 100 * FP32_RELATIVE, "the skip changes nothing"
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_branches_that_share_nothing(case):
+    skip, inputs = case.skips()[0], case.inputs(2, torch.float32)
+    model = case.model(torch.float32)
+    with Denoiser(model, config_of(skip)) as denoiser:
+        shared = outputs(denoiser.branches(*inputs))
+    with Denoiser(model, config_of(skip), share=False) as denoiser:
+        assert denoiser.plans().block_rows > 2 * denoiser.plans().num_blocks
+        for name, tensors in outputs(denoiser.branches(*inputs)).items():
+            for tensor, other in zip(tensors, shared[name], strict=True):
+                assert relative_error(tensor, other) <= FP32_RELATIVE, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("case", "skip"), SKIPS, ids=_id)
 def test_serial_is_bitwise_equal_to_passes_run_alone(case, skip, dtype):

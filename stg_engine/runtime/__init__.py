@@ -1,0 +1,1 @@
+"""How a guided forward is launched: CUDA graphs, regional compilation."""
