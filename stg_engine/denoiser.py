@@ -18,11 +18,11 @@ from stg_engine.guard import refuse_compiled, refuse_in_guided_step, refuse_left
 from stg_engine.hooks import install, is_installed, remove, signature_of
 from stg_engine.inputs import Inputs, all_rows, check_inputs, kept_prompt, key_lengths
 from stg_engine.memo import Memo, fingerprint
-from stg_engine.models import modules_at, spec_of
-from stg_engine.once import BetweenBlocks, OncePerPrompt, OncePerStep, OneKeyAttention, PerRow, TimeEmbedding
+from stg_engine.models import modules_in_blocks, spec_of
+from stg_engine.once import guided_hooks, kept_modules
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS
-from stg_engine.rows import BlockHook, LinkHook, Run, SelfAttentionHook, Slot
+from stg_engine.rows import Run, Slot
 
 EXECUTIONS = ("batched", "serial")
 KERNELS = ("auto", "off")
@@ -208,7 +208,7 @@ class Denoiser:
         refuse_in_guided_step(self.transformer, self._forwards)
         try:
             prompt, latents = kept_prompt(self.spec, cond, uncond), {**shared, **cond}[self.spec.latents[0]]
-            kept = [*self._once_per_prompt(), *self._in_blocks(self.spec.one_key_attention)]
+            kept = kept_modules(self.spec, self.transformer, self.blocks)
             self.memo.keep_only(fingerprint(kept), _other_sources(latents, shared), prompt)
             fused = self.fusion.forwards(self.transformer, self.blocks, latents)
             rows = all_rows(self.spec, names, shared, cond, uncond, self.memo, negative)
@@ -277,12 +277,8 @@ class Denoiser:
     def _plan_options(self, *, is_on: bool) -> dict[str, Any]:
         return {**self.spec.plan_options(is_on=is_on), "is_shared": self.share}
 
-    def _once_per_prompt(self) -> list[nn.Module]:
-        modules = modules_at(self.transformer, self.spec.once_per_prompt)
-        return modules + self._in_blocks(self.spec.once_per_prompt_in_block)
-
     def _in_blocks(self, paths: tuple[str, ...]) -> list[nn.Module]:
-        return [module for block in self.blocks for module in modules_at(block, paths)]
+        return modules_in_blocks(self.blocks, paths)
 
     def _refuse_replaced_modules(self) -> None:
         blocks = self.spec.block_list(self.transformer)
@@ -307,24 +303,8 @@ class Denoiser:
         return PRESETS[name].config
 
     def _install(self) -> None:
-        spec, slot, root = self.spec, self._slot, self.transformer
-        hooks: list[tuple[nn.Module, Any]] = []
-        for kind, paths in (
-            (OncePerStep, spec.once_per_step),
-            (BetweenBlocks, spec.between_blocks or {}),
-            (PerRow, spec.per_row),
-        ):
-            for path, carriers in paths.items():
-                hooks += [(module, kind(slot, carriers)) for module in modules_at(root, (path,))]
-        hooks += [(module, TimeEmbedding(slot)) for module in modules_at(root, spec.time_embedding)]
-        hooks += [(module, OncePerPrompt(slot, self.memo)) for module in self._once_per_prompt()]
-        hooks += [(module, OneKeyAttention(slot, self.memo)) for module in self._in_blocks(spec.one_key_attention)]
-        for index, block in enumerate(self.blocks):
-            hooks.append((block, BlockHook(slot, index)))
-            hooks += [(module, SelfAttentionHook(slot, index)) for module in modules_at(block, spec.self_attention)]
-            hooks += [(module, LinkHook(slot, index)) for module in modules_at(block, spec.links)]
         try:
-            for module, hook in hooks:
+            for module, hook in guided_hooks(self.spec, self.transformer, self.blocks, self._slot, self.memo):
                 install(module, hook)
                 self._hooked.append(module)
                 self._forwards.append((hook, hook.fn_ref.forward))

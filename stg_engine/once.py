@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from stg_engine.hooks import EngineHook
 from stg_engine.layout import Rows, chunk_ranges, entries_of, join, narrow, select
 from stg_engine.memo import Memo
-from stg_engine.rows import Run, Slot
+from stg_engine.models import modules_at, modules_in_blocks
+from stg_engine.rows import BlockHook, LinkHook, Run, SelfAttentionHook, Slot
 
 
 class OncePerPrompt(EngineHook):
@@ -147,6 +148,38 @@ class TimeEmbedding(EngineHook):
             ]
             results = join(parts)
         return tuple(result.repeat(branches, *[1] * (result.ndim - 1)) for result in results)
+
+
+def once_per_prompt(spec: Any, transformer: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules whose results follow from the prompt alone."""
+    return modules_at(transformer, spec.once_per_prompt) + modules_in_blocks(blocks, spec.once_per_prompt_in_block)
+
+
+def kept_modules(spec: Any, transformer: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules whose results are kept from step to step."""
+    return [*once_per_prompt(spec, transformer, blocks), *modules_in_blocks(blocks, spec.one_key_attention)]
+
+
+def guided_hooks(
+    spec: Any, transformer: nn.Module, blocks: Sequence[nn.Module], slot: Slot, memo: Memo
+) -> Iterator[tuple[nn.Module, EngineHook]]:
+    """All that a guided forward needs, module by module."""
+    for kind, paths in (
+        (OncePerStep, spec.once_per_step),
+        (BetweenBlocks, spec.between_blocks or {}),
+        (PerRow, spec.per_row),
+    ):
+        for path, carriers in paths.items():
+            yield from ((module, kind(slot, carriers)) for module in modules_at(transformer, (path,)))
+    yield from ((module, TimeEmbedding(slot)) for module in modules_at(transformer, spec.time_embedding))
+    for module in once_per_prompt(spec, transformer, blocks):
+        yield module, OncePerPrompt(slot, memo)
+    for module in modules_in_blocks(blocks, spec.one_key_attention):
+        yield module, OneKeyAttention(slot, memo)
+    for index, block in enumerate(blocks):
+        yield block, BlockHook(slot, index)
+        yield from ((module, SelfAttentionHook(slot, index)) for module in modules_at(block, spec.self_attention))
+        yield from ((module, LinkHook(slot, index)) for module in modules_at(block, spec.links))
 
 
 def in_chunks(forward: Callable[[Tensor], Tensor], x: Tensor, max_rows: int | None, total: int) -> Tensor:

@@ -13,9 +13,9 @@ class StepRow:
     case, kind, title, tokens   see `Case`; `variant`, `is_exact` see `Variant`
     seconds    median of `samples`, `low` and `high` the quartiles
     block_rows computed per video; `bound` = block-rows of the engine with sharing off / these
-    error      |guided - exact| / |guided - 0|, L2, against the same weights in twice the precision (float32 of bfloat16,
-               float64 of float32); `delta_error` that of c - p. Budgets: twice that of three plain passes in this dtype.
-               A lossy variant has the same errors and no budget (None)
+    error      |guided - exact| / |exact|, L2; `exact`: the same weights in twice the precision (float32 of bfloat16,
+               float64 of float32); `delta_error` that of c - p. Budgets: twice those of three plain passes in this
+               dtype; None for a lossy variant
     cold_seconds    the first call in the process: compilation, capture, tuning
     peak_bytes      allocated during a step beyond what lay there before (CUDA)
     launches        kernels of one step (CUDA)

@@ -1,7 +1,7 @@
 """Model families. Importing this package registers the built-in ones."""
 
 from stg_engine.models import allegro, cogvideox, cosmos, hunyuan_video, latte, ltx, ltx2, mochi, sana_video, svd, wan
-from stg_engine.models.base import ModelSpec, modules_at, register, spec_of, supported
+from stg_engine.models.base import ModelSpec, modules_at, modules_in_blocks, register, spec_of, supported
 
 __all__ = [
     "ModelSpec",
@@ -14,6 +14,7 @@ __all__ = [
     "ltx2",
     "mochi",
     "modules_at",
+    "modules_in_blocks",
     "register",
     "sana_video",
     "spec_of",

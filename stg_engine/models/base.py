@@ -143,6 +143,11 @@ def modules_at(root: nn.Module, paths: tuple[str, ...]) -> list[nn.Module]:
     return found
 
 
+def modules_in_blocks(blocks: Sequence[nn.Module], paths: tuple[str, ...]) -> list[nn.Module]:
+    """The modules at `paths` below each of `blocks`, block by block."""
+    return [module for block in blocks for module in modules_at(block, paths)]
+
+
 _SPECS: dict[str, ModelSpec] = {}
 
 
