@@ -99,7 +99,7 @@ def generate(request: Request, warn: Warn) -> str:
     plan = setting.plan(model)
     if request.compare and model.spec.links:
         raise ValueError(
-            f"compare: {model.spec.family} predicts video and audio; plain passes of that are not known here"
+            f"compare: {model.spec.family} predicts video and audio; its pipeline's calls are not compared here"
         )
     if request.compare and setting.config is None:
         raise ValueError("compare: without a skip branch (--stg-scale 0) there is nothing to compare")

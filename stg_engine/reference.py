@@ -7,7 +7,7 @@ thrown away by a forward hook, as the published batched pipelines do: a step cos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,68 +16,100 @@ from torch import Tensor, nn
 
 from stg_engine.config import Skip, STGConfig
 from stg_engine.hooks import is_installed, signature_of
-from stg_engine.models import modules_at, spec_of
+from stg_engine.models import modules_at, modules_in_blocks, spec_of
 
 
 def three_passes(
     transformer: nn.Module,
     config: STGConfig,
-    shared: dict[str, Any],
-    cond: dict[str, Any],
-    uncond: dict[str, Any] | None,
+    shared: Mapping[str, Any],
+    cond: Mapping[str, Any],
+    uncond: Mapping[str, Any] | None,
     guidance_scale: float | Tensor,
     *,
     progress: float | None = None,
     sigma: float | None = None,
-    token_sigmas: Tensor | None = None,
+    token_sigmas: Tensor | Sequence[Tensor] | None = None,
     one_batch: bool = False,
-) -> Tensor:
-    """Guided prediction of one step, [B, ...] in the transformer's dtype.
+) -> Any:
+    """Guided prediction of one step, [B, ...] in the transformer's dtype; a tuple of them for several outputs (LTX-2).
 
-    `u + g(c-u) + sum_i s_i (c-p_i)`, or `c + sum_i s_i (c-p_i)` without u; then times `r*std(c)/std(out) + (1-r)`,
+    `u + g(c-u) + sum_i s_i (c-p_i) + (mu-1)(c-m)`, or without the terms in u; then times `r*std(c)/std(out) + (1-r)`,
     std with N-1, per sample or over the batch; which pass is weak and in which space, as `config` says. Arguments are
     those of `Denoiser.__call__`.
     A schedule's entry with a guidance scale of at most 1 drops u. `one_batch` runs the passes as one call on all their
     rows, else they are calls of their own, one after another.
-    TypeError for a transformer without a `ModelSpec` or with several outputs, ValueError for one that an engine is
-    attached to.
+    TypeError for a transformer without a `ModelSpec`, ValueError for one that an engine is attached to.
     """
-    step = config.at(progress, sigma)
-    x, level = (
-        {**shared, **cond}[spec_of(transformer).latents[0]],
-        sigma if token_sigmas is None else token_sigmas[..., None],
-    )
+    step, spec = config.at(progress, sigma), spec_of(transformer)
+    latents = [{**shared, **cond}[name] for name in spec.velocity_of or spec.latents[:1]]
+    per_token = [token_sigmas] if isinstance(token_sigmas, Tensor) else token_sigmas
+    levels = [sigma] * len(latents) if per_token is None else [sigmas[..., None] for sigmas in per_token]
     if step.is_zero:
-        return _from_x0(x.float() * 0, x.float(), level).to(x.dtype)
+        zeros = [_from_x0(x.float() * 0, x.float(), level) for x, level in zip(latents, levels, strict=True)]
+        return _one_or_all([v.to(x.dtype) for v, x in zip(zeros, latents, strict=True)])
     if step.guidance_scale is not None:
         guidance_scale, uncond = step.guidance_scale, uncond if step.guidance_scale > 1 else None
     run = passes_in_one_batch if one_batch else passes_one_by_one
-    branches = run(transformer, step.skips, shared, cond, uncond, config.weak_pass)
+    modality = step.modality_scale != 1
+    branches = run(transformer, step.skips, shared, cond, uncond, config.weak_pass, modality=modality)
+    outputs = branches if isinstance(branches, tuple) else (branches,)
+    guided = []
+    for i, (of_output, x, level) in enumerate(zip(outputs, latents, levels, strict=True)):
+        audio = step.audio if i > 0 else None
+        scales = [skip.scale if audio is None or audio.scale is None else audio.scale for skip in step.skips]
+        g, mu, r = guidance_scale, step.modality_scale, step.rescale
+        if audio is not None:
+            g = g if audio.guidance_scale is None else audio.guidance_scale
+            mu = mu if audio.modality_scale is None else audio.modality_scale
+            r = r if audio.rescale is None else audio.rescale
+        guided.append(_combined(config, step.is_plain, of_output, scales, g, mu, r, x, level))
+    return _one_or_all(guided)
+
+
+def _combined(
+    config: STGConfig,
+    is_plain: bool,
+    branches: dict[str, Tensor],
+    scales: Sequence[float],
+    guidance_scale: float | Tensor,
+    modality_scale: float,
+    rescale: float,
+    x: Tensor,
+    level: Any,
+) -> Tensor:
+    """One output's branches, by the formula of `three_passes`."""
     dtype = branches["cond"].dtype
     if config.arithmetic == "float32":
         branches = {name: p.to(torch.promote_types(dtype, torch.float32)) for name, p in branches.items()}
-    is_plain = step.is_plain
     if config.space == "x0" and not is_plain:
         x = x.to(branches["cond"].dtype)
         branches = {name: x - level * p for name, p in branches.items()}
     out = c = branches["cond"]
-    if uncond is not None:
+    if "uncond" in branches:
         u = branches["uncond"]
         if config.cfg_star and not is_plain:
             u = _per_video((c * u).flatten(1).sum(1) / (u.flatten(1).square().sum(1) + 1e-8), u) * u
         out = u + guidance_scale * (c - u)
     before = out if config.weak_pass == "negative_prompt" else c
-    for skip, name in zip(step.skips, _names(step.skips), strict=True):
+    for scale, name in zip(scales, _names(scales), strict=True):
         if name in branches:
-            out = out + skip.scale * (before - branches[name])
-    if step.rescale > 0 and config.rescale_over == "sample":
+            out = out + scale * (before - branches[name])
+    if "modality" in branches:
+        out = out + (modality_scale - 1) * (c - branches["modality"])
+    if rescale > 0 and config.rescale_over == "sample":
         ratio = torch.stack([c_i.std() / out_i.std() for c_i, out_i in zip(c, out, strict=True)])
-        out = out * (step.rescale * _per_video(ratio, out) + (1 - step.rescale))
-    elif step.rescale > 0:
-        out = out * (step.rescale * c.std() / out.std() + (1 - step.rescale))
+        out = out * (rescale * _per_video(ratio, out) + (1 - rescale))
+    elif rescale > 0:
+        out = out * (rescale * c.std() / out.std() + (1 - rescale))
     if config.space == "x0" and not is_plain:
         out = _from_x0(out, x, level)
     return out.to(dtype)
+
+
+def _one_or_all(values: Sequence[Any]) -> Any:
+    """What there is of each output: itself if there is one output, else a tuple."""
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def _per_video(numbers: Tensor, like: Tensor) -> Tensor:
@@ -94,38 +126,50 @@ def _from_x0(clean: Tensor, x: Tensor, level: Any) -> Tensor:
 def passes_one_by_one(
     transformer: nn.Module,
     skips: Sequence[Skip],
-    shared: dict[str, Any],
-    cond: dict[str, Any],
-    uncond: dict[str, Any] | None,
+    shared: Mapping[str, Any],
+    cond: Mapping[str, Any],
+    uncond: Mapping[str, Any] | None,
     weak_pass: str = "prompt",
-) -> dict[str, Tensor]:
+    *,
+    modality: bool = False,
+) -> Any:
     """One plain call per branch: {"cond": [B, ...], "uncond": ... if given, "skip": ..., "skip2": ..., ...}.
 
-    `weak_pass` as in `STGConfig`: the skip passes read uncond's prompt, or there are none and uncond is skipped.
+    Of several outputs a tuple of these. `weak_pass` as in `STGConfig`: the skip passes read uncond's prompt, or there
+    are none and uncond is skipped. With `modality` also "modality": cond with isolated modalities, as the LTX-2
+    pipelines ask for it.
     """
     _check_plain(transformer)
-    branches = {"cond": _output(transformer, shared, cond)}
+    branches = {"cond": _outputs(transformer, shared, cond)}
     if uncond is not None:
-        branches["uncond"] = _output(transformer, shared, uncond)
+        branches["uncond"] = _outputs(transformer, shared, uncond)
     for name, skip in zip(_names(skips), skips, strict=True):
         name, prompt = _weak(name, weak_pass, cond, uncond)
         with skipped(transformer, skip):
-            branches[name] = _output(transformer, shared, prompt)
-    return branches
+            branches[name] = _outputs(transformer, shared, prompt)
+    if modality:
+        branches["modality"] = _outputs(transformer, {**shared, "isolate_modalities": True}, cond)
+    return _one_or_all(
+        [dict(zip(branches, predictions, strict=True)) for predictions in zip(*branches.values(), strict=True)]
+    )
 
 
 def passes_in_one_batch(
     transformer: nn.Module,
     skips: Sequence[Skip],
-    shared: dict[str, Any],
-    cond: dict[str, Any],
-    uncond: dict[str, Any] | None,
+    shared: Mapping[str, Any],
+    cond: Mapping[str, Any],
+    uncond: Mapping[str, Any] | None,
     weak_pass: str = "prompt",
-) -> dict[str, Tensor]:
+    *,
+    modality: bool = False,
+) -> Any:
     """The same predictions by one plain call on the rows of all branches."""
     _check_plain(transformer)
     weak = [_weak(name, weak_pass, cond, uncond) for name in _names(skips)]
     prompts = {"cond": cond, **({} if uncond is None else {"uncond": uncond}), **dict(weak)}
+    if modality:
+        prompts["modality"] = cond
     call = dict(shared)
     for name in spec_of(transformer).latents:
         if isinstance(call.get(name), Tensor) and call[name].ndim > 0:
@@ -135,14 +179,32 @@ def passes_in_one_batch(
     with ExitStack() as stack:
         for (name, _), skip in zip(weak, skips, strict=True):
             stack.enter_context(skipped(transformer, skip, list(prompts).index(name), len(prompts)))
-        output = _output(transformer, call)
-    return dict(zip(prompts, output.chunk(len(prompts)), strict=True))
+        if modality:
+            stack.enter_context(_isolated(transformer, list(prompts).index("modality"), len(prompts)))
+        outputs = _outputs(transformer, call)
+    return _one_or_all([dict(zip(prompts, output.chunk(len(prompts)), strict=True)) for output in outputs])
 
 
-def _output(transformer: nn.Module, *inputs: dict[str, Any]) -> Tensor:
+def _outputs(transformer: nn.Module, *inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     options = {"return_dict": False} if "return_dict" in signature_of(type(transformer)).parameters else {}
-    output = transformer(**{name: value for group in inputs for name, value in group.items()}, **options)
-    return output[0] if isinstance(output, tuple) else output
+    outputs = transformer(**{name: value for group in inputs for name, value in group.items()}, **options)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+@contextmanager
+def _isolated(transformer: nn.Module, branch: int, branches: int) -> Iterator[None]:
+    """While open, attention between modalities adds nothing in one of the equal parts of the batch."""
+    spec = spec_of(transformer)
+
+    def cut(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        output = output.clone()
+        output.chunk(branches)[branch].zero_()
+        return output
+
+    with ExitStack() as hooks:
+        for module in modules_in_blocks(spec.block_list(transformer), spec.links):
+            hooks.callback(module.register_forward_hook(cut).remove)
+        yield
 
 
 @contextmanager
@@ -224,11 +286,11 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
     return {**arguments, **(arguments.pop(others[0], {}) if others else {})}
 
 
-def _names(skips: Sequence[Skip]) -> list[str]:
+def _names(skips: Sequence[Any]) -> list[str]:
     return ["skip" if i == 0 else f"skip{i + 1}" for i in range(len(skips))]
 
 
-def _weak(name: str, weak_pass: str, cond: dict[str, Any], uncond: Any) -> tuple[str, dict[str, Any]]:
+def _weak(name: str, weak_pass: str, cond: Mapping[str, Any], uncond: Any) -> tuple[str, Mapping[str, Any]]:
     """Name and prompt of a weak pass. ValueError if it needs uncond and there is none."""
     if weak_pass != "prompt" and uncond is None:
         raise ValueError(f"weak_pass={weak_pass!r} needs uncond, which is None")
@@ -237,10 +299,6 @@ def _weak(name: str, weak_pass: str, cond: dict[str, Any], uncond: Any) -> tuple
 
 def _check_plain(transformer: nn.Module) -> None:
     spec = spec_of(transformer)
-    if spec.links:
-        raise TypeError(
-            f"transformer: {spec.family} predicts video and audio; only models of one output are known here"
-        )
     if any(map(is_installed, (transformer, *spec.block_list(transformer)))):
         raise ValueError("transformer: an engine is attached to it; detach it before running the three-pass reference")
 
