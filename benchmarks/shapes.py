@@ -40,7 +40,7 @@ SHAPES = (
     Shape("LTX-Video 2B, 768x512x121", 6144, 32, 64, 128, 256),
     Shape("LTX-Video 13B, 1216x704x121", 13376, 32, 128, 128, 256),
     Shape("LTX-2, 768x512x121", 6144, 32, 128, 128, 1024),
-    Shape("Mochi, 848x480x85", 22260, 24, 128, 48, 256, per_head=True, joint=True),
+    Shape("Mochi, 848x480x85", 23850, 24, 128, 48, 256, per_head=True, joint=True),
     Shape("CogVideoX-2B, 720x480x49", 17550, 30, 64, 64, 226, **_COG),
     Shape("CogVideoX-5B, 720x480x49", 17550, 48, 64, 64, 226, **_COG),
     Shape("HunyuanVideo, 512x320x61", 10240, 24, 128, 64, 256, per_head=True, layer_norm=True, joint=True),

@@ -40,7 +40,8 @@ class Draw:
         self._generator = torch.Generator().manual_seed(SEED)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, device="cpu").to(self.device, self.dtype)
+        random = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        return random.to(self.device, self.dtype)
 
     def number(self, value: float, dtype: torch.dtype) -> Tensor:
         """[1], one video's."""
