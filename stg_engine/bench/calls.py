@@ -37,7 +37,7 @@ class Draw:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self._generator = torch.Generator().manual_seed(SEED)
+        self._generator = torch.Generator("cpu").manual_seed(SEED)
 
     def normal(self, *shape: int) -> Tensor:
         random = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")

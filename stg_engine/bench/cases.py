@@ -4,12 +4,14 @@ A transformer is its diffusers class with the published config, which mostly is 
 with variance 1 / fan-in, norms around one, so that gates, tables and norms that begin as zeros or ones count as well
 and activations stay near one through all blocks. What loading keeps in float32 (`_keep_in_fp32_modules`) is float32.
 
-A "cpu" version has the head size, the ratio of feed-forward to width, the streams and the share of the plan that the
-published model has, at 256 channels, so that three float32 passes are about 12 GFLOP. Its prompt has at least 8 tokens.
+A "cpu" version has the published model's head size, its ratio of feed-forward to width, its streams, and the skipped
+layer at its depth, at 256 channels: a step's plain passes are 12 to 14 GFLOP in float32, 114 GFLOP for all nine, more
+than 99 % of it in the blocks. Its prompt has at least 8 tokens.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -100,8 +102,6 @@ class Model:
 
 
 def _defaults(transformer: str) -> dict[str, Any]:
-    import inspect
-
     import diffusers
 
     parameters = inspect.signature(getattr(diffusers, transformer).__init__).parameters
