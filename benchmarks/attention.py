@@ -40,10 +40,10 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.ops import timed
 from benchmarks.shapes import SHAPES, Shape
+from stg_engine.bench.ceilings import matrix_product
 
 UNCOND_TEXT, COND_TEXT = 3, 77
 CPU_TOKENS = 512
-MATMUL = {"cuda": 8192, "cpu": 1024}
 CASES = (
     "self",
     "self, lengths",
@@ -111,32 +111,16 @@ def parts_of(
     return [(rows, queries, part) for rows, queries, part in found if isinstance(part, Part)]
 
 
-def flops(part: Part) -> int:
-    """4 D per head and pair of a query and a key that exists."""
-    rows, queries, heads, head_size = part.q.shape
-    keys = torch.full((part.k.shape[0],), part.k.shape[1])
-    if part.key_lengths is not None:
-        keys = keys.minimum((part.key_lengths.cpu() - part.key_start).clamp(min=0))
-    seen = int(keys[list(part.kv_rows or range(rows))].sum()) + rows * (part.own_k is not None)
-    return 4 * seen * queries * heads * head_size
-
-
-def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOPs per second of a large matrix product."""
-    n = MATMUL[device.type]
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / timed(lambda: a @ b, device)[0]
-
-
 class Clock:
     """Times calls of one model and prints a line for each.
 
-    ceiling     FLOPs per second of a matrix product
+    ceiling     FLOPs per second of a large matrix product
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, str(dtype).removeprefix("torch."), device
-        self.ceiling = matmul_flops(dtype, device)
+        multiply, work = matrix_product(dtype, device)
+        self.ceiling = work / timed(multiply, device)[0]
         self.environment = record.environment(device)
 
     def line(self, case: str, backend: str, rows: int, verdict: str) -> None:
@@ -198,7 +182,7 @@ def backend_rows(
         else:
             name = dispatch.ran(part) + " (lossy)" * (not backend.is_exact)
             size = (rows, queries, part.k.shape[1])
-            yield clock.row(case, name, partial(backend.run, part), size, flops(part), error, sample.budget)
+            yield clock.row(case, name, partial(backend.run, part), size, part.flops, error, sample.budget)
 
 
 def measure(case: str, given: dict[str, Any], clock: Clock, lossy: bool) -> tuple[list[record.AttentionRow], float]:
@@ -225,7 +209,7 @@ def measure(case: str, given: dict[str, Any], clock: Clock, lossy: bool) -> tupl
         clock.line(case, name, rows, "PARITY GATE RED")
         return measured, best
     worst = max(checks, key=lambda check: check[0] / check[1])
-    size, work = (rows, queries, given["k"].shape[1]), sum(flops(part) for _, _, part in parts)
+    size, work = (rows, queries, given["k"].shape[1]), sum(part.flops for _, _, part in parts)
     measured.append(clock.row(case, name, call, size, work, *worst))
     ratio = f"{measured[-1].seconds / best:.2f}" if math.isfinite(best) else "no exact backend ran"
     clock.line(case, "dispatch / best backend", rows, ratio)

@@ -24,6 +24,7 @@ from torch.utils.benchmark import Timer
 
 from benchmarks import ltx_in_diffusers, record
 from benchmarks.shapes import SHAPES, Shape
+from stg_engine.bench.ceilings import copy
 
 # glibc gives large temporaries back and maps them anew in every call: most of eager torch's time at 25 MB, which says
 # nothing of kernels (norm_modulate, 3 x 1,024 x 2,048 float32: 36 ms, with memory kept 8 ms).
@@ -125,9 +126,7 @@ def measure(case: Case, shape: Shape, rows: int, dtype: torch.dtype, compile_too
     # Half a unit in the last place of the largest result: where eager happens to round well.
     rounding = torch.finfo(dtype).eps / 2 * max(r.abs().max().item() for r in results)
     del exact, results
-    source = torch.empty(case.moved // 2, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy_seconds, _ = timed(lambda: target.copy_(source), device)
+    copy_seconds, _ = timed(copy(case.moved, device), device)
     measured, baselines = [], {}
     for name, call in calls.items():
         limit = ROUNDINGS * rounding if name == "diffusers" else 2 * (errors["eager"] + rounding)
@@ -135,9 +134,9 @@ def measure(case: Case, shape: Shape, rows: int, dtype: torch.dtype, compile_too
         seconds, iqr = timed(call, device)
         if passed and name in record.BASELINES:
             baselines[name] = seconds
-        speed, copy = case.moved / seconds / 1e9, case.moved / copy_seconds / 1e9
+        speed, copied = case.moved / seconds / 1e9, case.moved / copy_seconds / 1e9
         ratios = ", ".join(f"{baseline / seconds:5.2f}x {other}" for other, baseline in baselines.items())
-        verdict = f"{ratios}, {speed / copy:4.2f} of copy" if passed else "PARITY GATE RED"
+        verdict = f"{ratios}, {speed / copied:4.2f} of copy" if passed else "PARITY GATE RED"
         print(f"{case.op:28} {name:9} {rows} x {shape.model:30} {str(dtype)[6:]:9} {seconds * 1e6:9.1f} us  {verdict}")
         if passed:
             measured.append(
@@ -149,7 +148,7 @@ def measure(case: Case, shape: Shape, rows: int, dtype: torch.dtype, compile_too
                     seconds=seconds,
                     iqr=iqr,
                     gb_per_second=speed,
-                    copy_gb_per_second=copy,
+                    copy_gb_per_second=copied,
                     error=errors[name],
                     budget=errors["eager"],
                     dtype=str(dtype).removeprefix("torch."),

@@ -231,12 +231,12 @@ def skipped(transformer: nn.Module, skip: Skip, branch: int = 0, branches: int =
         return output
 
     def pass_through(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        inputs = _by_name(block, args, kwargs)
+        inputs = by_name(block, args, kwargs)
         streams = tuple(part(inputs[name]) for name in spec.streams)
         return replaced(output, streams if isinstance(output, tuple) else streams[0])
 
     def weak_attention(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        inputs = _by_name(attention, args, kwargs)
+        inputs = by_name(attention, args, kwargs)
         rows = {name: part(value) if name in spec.attention_rows else value for name, value in inputs.items()}
         return replaced(output, spec.attention_skip(attention, rows))
 
@@ -266,7 +266,7 @@ def moved_block_inputs(transformer: nn.Module) -> Iterator[None]:
         return x + signs.to(x.dtype) * x.abs() * torch.finfo(x.dtype).eps
 
     def move(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        inputs = _by_name(block, args, kwargs)
+        inputs = by_name(block, args, kwargs)
         return (), {name: moved(value) if name in spec.streams else value for name, value in inputs.items()}
 
     with ExitStack() as hooks:
@@ -275,7 +275,7 @@ def moved_block_inputs(transformer: nn.Module) -> Iterator[None]:
         yield
 
 
-def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A module's arguments, positional and by keyword, as one dict."""
     if not args:
         return dict(kwargs)
@@ -318,7 +318,7 @@ def recorded_calls(models: Sequence[nn.Module], step: Callable[[], int | None]) 
     def record(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         number = step()
         if number is not None:
-            calls.setdefault(number, []).append((model, _by_name(model, args, kwargs)))
+            calls.setdefault(number, []).append((model, by_name(model, args, kwargs)))
 
     with ExitStack() as hooks:
         for model in models:

@@ -39,7 +39,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 LAZY_UP = {("config", "presets")}  # STGConfig.preset("name")
 
 # Inside a folder the files are siblings; these are what they share.
-SHARED = {"models": {"base"}, "calls": {"base"}, "bench": {"case", "record", "calls"}}
+SHARED = {"models": {"base"}, "calls": {"base"}, "bench": {"case", "record", "calls", "count", "cost"}}
 
 # Plain data: these may load nothing but the standard library and each other.
 STANDARD_LIBRARY_ONLY = {"schedule", "config", "conventions", "presets", "comfyui", "plan"}
@@ -52,8 +52,8 @@ ONLY_IN = {
     "ModelHook": {"hooks"},
     "EngineHook": {"hooks", "once", "guard"},  # to subclass; only denoiser and pipeline install them
     "ArgumentHook": {"hooks", "rows", "pipeline", "guider"},
-    "register_forward_hook": {"reference"},  # the oracle skips a block the way the published pipelines do
-    "register_forward_pre_hook": {"reference"},
+    "register_forward_hook": {"reference", "bench"},  # the oracle skips a block as the published pipelines do
+    "register_forward_pre_hook": {"reference", "bench"},
     "DiffusionPipeline": {"pipeline", "generate", "demo"},
     "triton": {"fused", "bench"},
 }

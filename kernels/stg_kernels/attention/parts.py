@@ -41,6 +41,16 @@ class Part:
         return ", ".join(name for name, is_on in names.items() if is_on) or "dense"
 
     @property
+    def flops(self) -> int:
+        """4 D per head and pair of a query and a key that exists. Waits for the device where there are key lengths."""
+        rows, queries, heads, head_size = self.q.shape
+        keys = torch.full((self.k.shape[0],), self.k.shape[1], device="cpu")
+        if self.key_lengths is not None and not self.key_lengths.is_meta:
+            keys = keys.minimum((self.key_lengths.cpu() - self.key_start).clamp(min=0))
+        seen = int(keys[list(self.kv_rows or range(rows))].sum()) + rows * (self.own_k is not None)
+        return 4 * seen * queries * heads * head_size
+
+    @property
     def shared_row(self) -> bool:
         """True if all rows read the one row that k and v have."""
         return self.kv_rows is not None and self.k.shape[0] == 1
