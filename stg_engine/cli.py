@@ -158,6 +158,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--execution", choices=("batched", "serial"), default="batched", help="(default: %(default)s)")
     group.add_argument("--kernels", choices=("auto", "off"), default="auto", help="(default: %(default)s)")
     group.add_argument("--max-rows", type=_integer(1), metavar="N", help="at most N rows at once (default: all)")
+    group.add_argument("--graph", action="store_true", help="launch each step as one CUDA graph")
     group.add_argument(
         "--compare",
         action="store_true",

@@ -99,6 +99,19 @@ class Combiner:
             sigma=sigma if in_x0 else None,
         ).to(dtype)
 
+    def note_differences(
+        self, into: dict[str, Tensor], step: StepGuidance, names: tuple[str, ...], rows: Tensor
+    ) -> None:
+        """max |c - p| of each weak branch (|u - p| on the negative prompt), unless `into` has one already."""
+        branches = dict(zip(names, rows.chunk(len(names)), strict=True))
+        skips = zip(step.names, step.skips, strict=False)
+        layers = {name: f" {', '.join(map(str, skip.layers))}" for name, skip in skips}
+        for name, _ in step.weak:
+            strong = "uncond" if name in layers and step.weak_pass == "negative_prompt" else "cond"
+            key = name if self.config.schedule is None else name + layers.get(name, "")
+            if key not in into:
+                into[key] = guidance.largest_difference(branches[strong], branches[name])
+
     def _is_fused(self, step: StepGuidance, rows: Tensor, guidance_scale: Any, in_x0: bool) -> bool:
         suits = self.config.arithmetic == "float32" and not in_x0 and not isinstance(guidance_scale, Tensor)
         return step.is_guided and self.fusion.is_on and suits and rows.is_contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -16,13 +17,22 @@ from stg_engine.config import StepGuidance, STGConfig, number
 from stg_engine.fused import Fusion
 from stg_engine.guard import refuse_compiled, refuse_in_guided_step, refuse_left_out, refuse_misfit
 from stg_engine.hooks import install, is_installed, remove, signature_of
-from stg_engine.inputs import Inputs, all_rows, check_inputs, kept_prompt, key_lengths
+from stg_engine.inputs import (
+    Inputs,
+    all_rows,
+    check_inputs,
+    kept_prompt,
+    lengths_of,
+    other_sources,
+    prompt_lengths,
+)
 from stg_engine.memo import Memo, fingerprint
 from stg_engine.models import modules_in_blocks, spec_of
 from stg_engine.once import guided_hooks, kept_modules
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS
 from stg_engine.rows import Run, Slot
+from stg_engine.runtime.graphs import Graphs
 
 EXECUTIONS = ("batched", "serial")
 KERNELS = ("auto", "off")
@@ -39,6 +49,8 @@ class Denoiser:
     kernels      "auto": blocks and guidance from `stg_kernels` where family and device have them; "off": the modules as
                  they are. `fusion.used` says what the last guided step ran
     share        False: branches that are equal are computed all the same, which shows what sharing is worth
+    graph        True: a forward is captured as a CUDA graph in its first step and launched as one in later steps with
+                 inputs of the same kind, whose memory stays taken until `release()`; see `runtime.graphs`
 
     What follows from prompt and weights alone is kept from step to step; call `release()` after writing either in a way
     that PyTorch does not count: through `.data`, as hotswapping a LoRA does, or through a NumPy array. `differences`
@@ -58,6 +70,7 @@ class Denoiser:
         max_rows: int | None = None,
         kernels: str = "auto",
         share: bool = True,
+        graph: bool = False,
     ) -> None:
         self.spec = spec_of(getattr(transformer, "_orig_mod", transformer))
         self.transformer = transformer
@@ -79,6 +92,7 @@ class Denoiser:
         self.differences: dict[str, Tensor] = {}
         self._attentions = self._in_blocks((*self.spec.self_attention, *self.spec.links))
         self.fusion = Fusion(self.spec.fused, kernels)
+        self.graphs = Graphs(transformer, self.spec, self.fusion, self.memo) if graph else None
         self._combiner = Combiner(self.config, self.fusion)
         self._slot = Slot()
         self._plans: dict[tuple[StepGuidance, bool], Plan] = {}
@@ -163,8 +177,10 @@ class Denoiser:
         return Plan.build(self.config, self.num_layers, uncond=uncond, **options)
 
     def release(self) -> None:
-        """Drop what is kept from step to step: prompt keys and values, caption projection."""
+        """Drop what is kept from step to step: prompt keys and values, caption projection, CUDA graphs."""
         self.memo.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def detach(self) -> None:
         """Take all hooks off; the transformer is as it was. Safe to call twice."""
@@ -198,32 +214,51 @@ class Denoiser:
         if step.is_zero:
             raise ValueError(f"zero_init={self.config.zero_init} leaves nothing to predict here; x0 is 0 in this step")
         plan = self.plan(step, uncond=uncond is not None)
-        names = tuple(branch.name for branch in plan.branches)
-        negative = tuple(branch.name for branch in plan.branches if branch.prompt == "uncond")
-        if not step.is_guided:  # plain diffusers, whatever else is on
-            rows = all_rows(self.spec, names, shared, cond, uncond)
-            return names, self._outputs(forward, rows)
-        self._refuse_replaced_modules()
-        refuse_compiled(self.transformer, self._hooked)
-        refuse_in_guided_step(self.transformer, self._forwards)
+        run = partial(self._guided if step.is_guided else self._plain, plan, videos, forward)
         try:
-            prompt, latents = kept_prompt(self.spec, cond, uncond), {**shared, **cond}[self.spec.latents[0]]
-            kept = kept_modules(self.spec, self.transformer, self.blocks)
-            self.memo.keep_only(fingerprint(kept), _other_sources(latents, shared), prompt)
-            fused = self.fusion.forwards(self.transformer, self.blocks, latents)
-            rows = all_rows(self.spec, names, shared, cond, uncond, self.memo, negative)
-            lengths = self._key_lengths(rows) if any(fused) else {}
-            texts = tuple(value for value in prompt if value is not None)
-            self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused, texts, **lengths)
-            outputs = self._outputs(forward, rows)
-            refuse_left_out(self.spec, self._slot.run.next, plan.num_blocks)
+            if self.graphs is None:
+                outputs = run(shared, cond, uncond, None)
+            else:
+                asks = step.is_guided and self.fusion.is_possible
+                lengths = lengths_of(self.spec, plan, videos, cond, uncond, self.memo) if asks else None
+                inputs = (shared, cond, uncond, lengths)
+                outputs = self.graphs(run, (plan, step.is_guided), inputs, forward, has_lengths=lengths != {})
         except BaseException:
             self.release()
             raise
+        if step.is_guided:
+            self._combiner.note_differences(self.differences, step, plan.names, outputs[0])
+        return plan.names, outputs
+
+    def plain(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """`forward(**arguments)`, the transformer's own call, by a graph if there are graphs."""
+        return forward(**arguments) if self.graphs is None else self.graphs.plain(forward, arguments)
+
+    def _plain(self, plan: Plan, videos: int, forward: Callable[..., Any], *inputs: Any) -> tuple[Tensor, ...]:
+        """Plain diffusers, whatever else is on."""
+        return self._outputs(forward, all_rows(self.spec, plan.names, *inputs[:3]))
+
+    def _guided(self, plan: Plan, videos: int, forward: Callable[..., Any], *inputs: Any) -> tuple[Tensor, ...]:
+        shared, cond, uncond, lengths = inputs
+        self._refuse_replaced_modules()
+        refuse_compiled(self.transformer, self._hooked)
+        refuse_in_guided_step(self.transformer, self._forwards)
+        prompt, latents = kept_prompt(self.spec, cond, uncond), {**shared, **cond}[self.spec.latents[0]]
+        kept = kept_modules(self.spec, self.transformer, self.blocks)
+        self.memo.keep_only(fingerprint(kept), other_sources(latents, shared), prompt)
+        fused = self.fusion.forwards(self.transformer, self.blocks, latents)
+        rows = all_rows(self.spec, plan.names, shared, cond, uncond, self.memo, plan.negative)
+        if lengths is None:
+            lengths = prompt_lengths(self.spec, rows, len(plan.names) * videos, self.memo) if any(fused) else {}
+        self.fusion.has_masks |= any(fused) and not lengths
+        texts = tuple(value for value in prompt if value is not None)
+        self._slot.run = Run(plan, self.spec, videos, self.max_rows, self.memo, fused, texts, **lengths)
+        try:
+            outputs = self._outputs(forward, rows)
+            refuse_left_out(self.spec, self._slot.run.next, plan.num_blocks)
         finally:
             self._slot.run = None
-        self._note_differences(step, names, outputs[0])
-        return names, outputs
+        return outputs
 
     def combine(
         self,
@@ -245,29 +280,6 @@ class Denoiser:
         `guidance.combine`, or `stg_kernels.combine_guidance` where the step's blocks were fused.
         """
         return self._combiner(step, names, rows, guidance_scale, rescale=rescale, dtype=dtype, **options)
-
-    def _key_lengths(self, rows: Inputs) -> dict[str, Any]:
-        """Prompt lengths instead of a mask, where the mask says no more: `Run`'s `lengths` and `full`."""
-        mask = None if self.spec.prompt_mask is None else rows.get(self.spec.prompt_mask)
-        if mask is None:
-            return {"full": (True,) * len(rows[self.spec.latents[0]])}
-        at_least = 0 if self.spec.is_joint else 1  # beside the prompt there are other keys, or none
-        lengths = self.memo.get("lengths", (mask,), lambda: key_lengths(mask, at_least))
-        if not lengths.numel():
-            self.fusion.has_masks = True
-            return {}
-        full = (lengths == mask.shape[1]).tolist()
-        return {"full": full, "lengths": self.memo.get("lengths there", (mask,), lambda: lengths.to(mask.device))}
-
-    def _note_differences(self, step: StepGuidance, names: tuple[str, ...], rows: Tensor) -> None:
-        branches = dict(zip(names, rows.chunk(len(names)), strict=True))
-        skips = zip(step.names, step.skips, strict=False)
-        layers = {name: f" {', '.join(map(str, skip.layers))}" for name, skip in skips}
-        for name, _ in step.weak:
-            strong = "uncond" if name in layers and step.weak_pass == "negative_prompt" else "cond"
-            key = name if self.config.schedule is None else name + layers.get(name, "")
-            if key not in self.differences:
-                self.differences[key] = guidance.largest_difference(branches[strong], branches[name])
 
     def _outputs(self, forward: Callable[..., Any], rows: Inputs) -> tuple[Tensor, ...]:
         options = {"return_dict": False} if "return_dict" in signature_of(type(self.transformer)).parameters else {}
@@ -316,14 +328,6 @@ class Denoiser:
     def _forget_child_registries(self) -> None:
         if (registry := getattr(self.transformer, "_diffusers_hook", None)) is not None:
             registry.invalidate_child_registries_cache()
-
-
-def _other_sources(latents: Tensor, shared: Inputs) -> Any:
-    """What prompt keys and values follow from beside prompt and weights."""
-    kind = latents.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    # The LoRA scale in attention_kwargs acts inside the forward, after the fingerprint.
-    return autocast, repr(shared.get("attention_kwargs"))
 
 
 def _max_rows(execution: str, max_rows: int | None) -> int | None:

@@ -56,6 +56,7 @@ class Request(Options):
     execution: str = "batched"
     kernels: str = "auto"
     max_rows: int | None = None
+    graph: bool = False
     compare: bool = False
     force: bool = False
 
@@ -133,6 +134,7 @@ def generate(request: Request, warn: Warn) -> str:
         "execution": request.execution,
         "kernels": request.kernels,
         "max_rows": request.max_rows,
+        "graph": request.graph,
         "plan": _describe_plan(plan),
         "device": str(device),
         "device_name": env.device_name(str(device)),
@@ -166,8 +168,7 @@ def _run_all(
     ticks: list[float] = []
     with recorded_calls(models_of(pipe), lambda: len(ticks) if len(ticks) in wanted else None) as calls:
         clips.append(_run(pipe, request, call, setting, ticks))
-    engine = {"execution": request.execution, "max_rows": request.max_rows, "kernels": request.kernels}
-    return clips, compare(config, steps_of(calls, sigmas, g), **engine)
+    return clips, compare(config, steps_of(calls, sigmas, g), **_execution(request))
 
 
 def _run(pipe: Any, request: Request, call: dict[str, Any], setting: Setting, ticks: list[float] | None = None) -> Clip:
@@ -206,8 +207,12 @@ def _audio(pipe: Any, output: Any) -> media.Audio | None:
 def _attached(pipe: Any, setting: Setting, request: Request) -> AbstractContextManager[stg_engine.Engine | None]:
     if setting.config is None:
         return nullcontext()
-    options: dict[str, Any] = {"execution": request.execution, "max_rows": request.max_rows, "kernels": request.kernels}
-    return stg_engine.attach(pipe, engine_config(pipe, setting.config), **options)
+    return stg_engine.attach(pipe, engine_config(pipe, setting.config), **_execution(request))
+
+
+def _execution(request: Request) -> dict[str, Any]:
+    """Those of the options that `attach` and `Denoiser` take beside a config."""
+    return {name: getattr(request, name) for name in ("execution", "max_rows", "kernels", "graph")}
 
 
 def _load(model: Model, device: torch.device, dtype: torch.dtype) -> Any:

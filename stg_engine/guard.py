@@ -68,6 +68,22 @@ def refuse_in_guided_step(transformer: nn.Module, hooks: Iterable[tuple[EngineHo
             )
 
 
+def refuse_offloading(transformer: nn.Module, *, is_below_its_hook: bool) -> None:
+    """`RuntimeError` for hooks that move or cast weights while the forward runs.
+
+    is_below_its_hook  what runs is below the transformer's own hook, which has moved it as a whole by then
+    """
+    for module in transformer.modules():
+        found = [] if module is transformer and is_below_its_hook else [vars(module).get("_hf_hook")]
+        hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", {})
+        found += [hook for hook in hooks.values() if not isinstance(hook, EngineHook)]
+        for hook in filter(None, found):
+            raise RuntimeError(
+                f"{type(hook).__name__} is on the transformer: offloading and casting move weights while the forward "
+                "runs, and a CUDA graph reads them where they were; take it off, or use graph=False"
+            )
+
+
 def refuse_left_out(spec: Any, expected: int, index: int) -> None:
     """`RuntimeError` if block `expected` ran past its hook. Where all rows are back between blocks, it may."""
     if index != expected and spec.between_blocks is None:

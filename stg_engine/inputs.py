@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from stg_engine.hooks import signature_of
-from stg_engine.memo import Memo
+from stg_engine.memo import Fingerprint, Memo
 from stg_engine.models import ModelSpec
+from stg_engine.plan import Plan
 
 Inputs = Mapping[str, Any]
 
@@ -92,6 +93,38 @@ def key_lengths(mask: Tensor, at_least: int = 1) -> Tensor:
     lengths = (mask != 0).sum(1, dtype=torch.int32)
     is_first = torch.arange(mask.shape[1]) < lengths[:, None]
     return lengths if (mask == is_first).all() and (lengths >= at_least).all() else lengths[:0]
+
+
+def prompt_lengths(spec: ModelSpec, rows: Inputs, count: int, memo: Memo) -> dict[str, Any]:
+    """`Run`'s `lengths` and `full` for `count` rows, instead of a mask; empty where the mask says more."""
+    mask = None if spec.prompt_mask is None else rows.get(spec.prompt_mask)
+    if mask is None:
+        return {"full": (True,) * count}
+    at_least = 0 if spec.is_joint else 1  # beside the prompt there are other keys, or none
+    lengths = memo.get("lengths", (mask,), lambda: key_lengths(mask, at_least))
+    if not lengths.numel():
+        return {}
+    full = tuple((lengths == mask.shape[1]).tolist())
+    return {"full": full, "lengths": memo.get("lengths there", (mask,), lambda: lengths.to(mask.device))}
+
+
+def lengths_of(
+    spec: ModelSpec, plan: Plan, videos: int, cond: Inputs, uncond: Inputs | None, memo: Memo
+) -> dict[str, Any]:
+    """`prompt_lengths` ahead of a forward that cannot wait for them; `memo` keeps nothing else."""
+    prompts = [None if p is None else {name: p[name] for name in p if name == spec.prompt_mask} for p in (cond, uncond)]
+    cond, uncond = prompts[0] or {}, prompts[1]
+    memo.keep_only(Fingerprint((), []), (), kept_prompt(spec, cond, uncond))
+    masks = all_rows(spec, plan.names, {}, cond, uncond, memo, plan.negative)
+    return prompt_lengths(spec, masks, len(plan.names) * videos, memo)
+
+
+def other_sources(latents: Tensor, shared: Inputs) -> Any:
+    """What prompt keys and values follow from beside prompt and weights."""
+    kind = latents.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    # The LoRA scale in attention_kwargs acts inside the forward, after the fingerprint.
+    return autocast, repr(shared.get("attention_kwargs"))
 
 
 def all_rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def chunk_ranges(count: int, size: int | None) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, count)) for start in range(0, count, size))
 
 
-@lru_cache(maxsize=256)
+@cache  # never dropped: a captured CUDA graph reads them
 def index_tensor(values: tuple[int, ...], device: torch.device) -> Tensor:
     """The values as int64 on the device, copied there once."""
     return torch.tensor(values, device=device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,16 @@ class Memo:
         self._entries: dict[Hashable, tuple[list[Tensor], Tensor, int]] = {}
         self._owned: set[int] = set()
         self._source: tuple[Hashable, list[Any]] = ((), [])
+        self.is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, all is computed anew and nothing kept: a CUDA graph would go on reading the memory of what was."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -34,7 +45,7 @@ class Memo:
         """
         tensors = [tensor for tensor in prompt if tensor is not None and not tensor.is_inference()]
         source = (weights.state, others, *map(_identity, tensors))
-        if source != self._source[0]:
+        if source != self._source[0] and not self.is_paused:
             self.clear()
             # Held, because an id says nothing of an object that is gone.
             self._source = (source, [*weights.held, *map(_root, tensors)])
@@ -42,7 +53,8 @@ class Memo:
     def get(self, name: Hashable, inputs: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, or what it returned when it was last called for `name` and these inputs."""
         if (
-            torch.is_grad_enabled()
+            self.is_paused
+            or torch.is_grad_enabled()
             or torch.is_inference_mode_enabled()
             or any(tensor.is_inference() for tensor in inputs)
         ):
@@ -57,7 +69,7 @@ class Memo:
 
     def owns(self, tensor: Tensor) -> bool:
         """True if the tensor views a result held here: it depends on the prompt alone."""
-        return tensor.untyped_storage().data_ptr() in self._owned
+        return not self.is_paused and tensor.untyped_storage().data_ptr() in self._owned
 
     def clear(self) -> None:
         self._entries.clear()

@@ -123,8 +123,9 @@ class PerRow(RowsHook):
 class TimeEmbedding(EngineHook):
     """Maps the timesteps of one branch, each distinct value once; all branches get the result.
 
-    Values are sought only where tokens have timesteps of their own: it waits for the device once per step. With
-    `max_rows` every row keeps its full list of timesteps, so that its result is bitwise that of a pass run alone.
+    Values are sought only where tokens have timesteps of their own: it waits for the device once per step, and is left
+    out where a CUDA graph is captured. With `max_rows` every row keeps its full list of timesteps, so that its result
+    is bitwise that of a pass run alone.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -138,7 +139,7 @@ class TimeEmbedding(EngineHook):
         branches = len(run.names)
         timestep = timestep[: timestep.numel() // branches]
         per_video = timestep.numel() // run.videos
-        if run.max_rows is None and per_video > 1:
+        if run.max_rows is None and per_video > 1 and not run.memo.is_paused:
             values, inverse = timestep.unique(return_inverse=True)
             results = tuple(result[inverse] for result in forward(values, *args, **kwargs))
         else:

@@ -40,12 +40,13 @@ def attach(
     execution: str = "batched",
     max_rows: int | None = None,
     kernels: str = "auto",
+    graph: bool = False,
 ) -> Engine:
     """Switch Spatiotemporal Skip Guidance on in a diffusers pipeline; call `pipe(...)` as before.
 
     config     None takes the preset published for the model, and in pipelines with STG of their own (LTX-2) what they
                are called with
-    execution, max_rows, kernels   see `Denoiser`
+    execution, max_rows, kernels, graph   see `Denoiser`; graphs are kept for one call of the pipeline
 
     Negative prompt, guidance_rescale, callbacks and so on are the pipeline's own, and so is the guidance scale unless a
     schedule sets it per noise level. Returns an `Engine`, also a context manager. Raises `TypeError` for a pipeline
@@ -63,7 +64,7 @@ def attach(
     if not models:
         raise ValueError(f"{names[0]} has no {' or '.join(calls.models)}; load one before you attach")
     with ExitStack() as stack:
-        options: dict[str, Any] = {"execution": execution, "max_rows": max_rows, "kernels": kernels}
+        options: dict[str, Any] = {"execution": execution, "max_rows": max_rows, "kernels": kernels, "graph": graph}
         config = calls.own if config is None else config
         denoisers = [stack.enter_context(Denoiser(model, config, **options)) for model in models]
         engine = Engine(pipe, calls, denoisers)
@@ -154,7 +155,7 @@ class Engine:
         step = Step(self._guidance, self._sigma, self._count, denoiser, forward)
         self._count += 1
         if step.guidance.is_plain and not self._calls.sees_plain_steps:
-            return forward(**arguments)
+            return denoiser.plain(forward, arguments)
         if step.call == 0:
             self._calls.check(step.guidance)  # again: a callback may have changed the call's own settings
             self._report.guided_steps += step.guidance.is_guided
@@ -227,6 +228,8 @@ class Engine:
         for denoiser in self.denoisers:
             denoiser.differences = {}
             denoiser.fusion.forget_attention()
+            if denoiser.graphs is not None:
+                denoiser.graphs.forget()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
@@ -255,6 +258,7 @@ class Engine:
         report.plan = calls.plans(self.denoiser)
         ran = [denoiser for denoiser in self.denoisers if denoiser.differences] or [self.denoiser]
         report.kernels = ran[0].fusion.used if report.guided_steps else "none: no guided step"
+        report.graphs = "; ".join(str(denoiser.graphs) for denoiser in self.denoisers if denoiser.graphs is not None)
         report.attention = ran[0].fusion.attention() or report.attention
         for denoiser in ran:
             for name, value in denoiser.differences.items():

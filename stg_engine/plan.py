@@ -108,6 +108,16 @@ class Plan:
         return cls(tuple(branches), num_layers * len(axes), axes, prompt_block, shares_attention, is_shared, title)
 
     @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The branches in row order."""
+        return tuple(branch.name for branch in self.branches)
+
+    @cached_property
+    def negative(self) -> tuple[str, ...]:
+        """Those that read uncond's prompt."""
+        return tuple(branch.name for branch in self.branches if branch.prompt == "uncond")
+
+    @cached_property
     def forks(self) -> Mapping[str, Fork]:
         """Per branch but cond: where it forks, and from which branch (the one that it equals longest)."""
         forks: dict[str, Fork] = {}

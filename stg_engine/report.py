@@ -17,6 +17,7 @@ class Report:
     """Of one denoising loop. `str()` of it is for people.
 
     attention     per kind of attention the backend that fused blocks ran; without such blocks diffusers' backend
+    graphs        CUDA graphs: how many were captured and how often they ran; "": not asked for
     guided_steps  steps with skip branches; the others are plain diffusers
     seconds       wall clock of the loop, the device waited for at its end
     peak_bytes    largest memory allocated on the CUDA device since the loop began, None elsewhere
@@ -33,6 +34,7 @@ class Report:
     attention: tuple[str, ...]
     device: str
     dtype: str
+    graphs: str = ""
     steps: int = 0
     guided_steps: int = 0
     seconds: float = 0.0
@@ -50,6 +52,8 @@ class Report:
         lines.append(f"setting    {self.setting}")
         lines.append(f"execution  {self.execution}")
         lines.append(f"kernels    {self.kernels}")
+        if self.graphs:
+            lines.append(f"graphs     {self.graphs}")
         lines += [f"attention  {line}" for line in self.attention]
         if self.peak_bytes is not None:
             lines.append(f"memory     {self.peak_bytes / 2**20:.0f} MiB at the peak")

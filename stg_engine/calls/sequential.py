@@ -137,7 +137,7 @@ class TrueCFG(Sequential):
         if step.guidance.guidance_scale is not None:  # the schedule's: no CFG in this step
             return answer
         self._check_scale_is_not_needed(step)
-        (uncond,) = step.forward(**arguments, return_dict=False)
+        (uncond,) = step.denoiser.plain(step.forward, {**arguments, "return_dict": False})
         return uncond + skip_term
 
 
@@ -149,7 +149,7 @@ def _predict(
     together = uncond if apart is None else None
     names, (rows, *_) = step.denoiser.predict(step.guidance, shared, cond, together, step.forward)
     if apart is not None:
-        (other,) = step.forward(**shared, **apart, return_dict=False)
+        (other,) = step.denoiser.plain(step.forward, {**shared, **apart, "return_dict": False})
         names, rows = ("uncond", *names), torch.cat([other, rows])
     return names, rows
 

@@ -21,14 +21,16 @@ class Fusion:
     family   module of this package with `supports(transformer, block, dtype of the latents)` and
              `forward(run, index, block, ...)`, or None
     kernels  "auto" or "off"
-    used     what the last choice was, in words; `is_on` is True if it was the fused forward in any block
+    used     what the last choice was, in words; `is_on` is True if it was the fused forward in any block,
+             `is_everywhere` if in all
     has_masks   set to True where a prompt's mask is more than padding behind it, and attention is diffusers'
 
     Raises `ValueError` if `$STG_ATTENTION` names no backend.
     """
 
     def __init__(self, family: str | None, kernels: str) -> None:
-        self.used, self.is_on, self.has_masks = "none yet", False, False
+        self.used, self.is_on, self.is_everywhere, self.has_masks = "none yet", False, False, False
+        self._resumed: tuple[str, ...] = ()
         self._why_not = ""
         if kernels == "off":
             self._why_not = "kernels='off'"
@@ -41,17 +43,22 @@ class Fusion:
         self._family = None if self._why_not else import_module(f"stg_engine.fused.{family}")
         self.forget_attention()
 
+    @property
+    def is_possible(self) -> bool:
+        """False if no block will ever be fused."""
+        return self._family is not None
+
     def attention(self) -> tuple[str, ...]:
         """Per kind of attention, the backend that fused blocks ran since `forget_attention`, in this process."""
         dispatch = sys.modules.get("stg_kernels.attention.dispatch")
         lines = [] if dispatch is None else [f"{kind}: {backend}" for kind, backend in dispatch.used().items()]
         if self.has_masks:
             lines.append("a prompt whose mask is more than padding behind it: diffusers")
-        return tuple(lines)
+        return tuple(dict.fromkeys((*lines, *self._resumed)))
 
     def forget_attention(self) -> None:
         """`attention()` begins anew."""
-        self.has_masks = False
+        self.has_masks, self._resumed = False, ()
         dispatch = sys.modules.get("stg_kernels.attention.dispatch")
         if dispatch is not None:
             dispatch.forget_used()
@@ -60,7 +67,7 @@ class Fusion:
         """Per block its fused forward, or None for the module's own."""
         why_not = self._why_not or _unsuited(latents)
         if why_not or self._family is None:
-            self.used, self.is_on = f"modules as they are: {why_not}", False
+            self.used, self.is_on, self.is_everywhere = f"modules as they are: {why_not}", False, False
             return [None] * len(blocks)
         family, dtype = self._family, latents.dtype
         forwards = [family.forward if family.supports(transformer, block, dtype) else None for block in blocks]
@@ -70,8 +77,17 @@ class Fusion:
         language = "Triton" if latents.device.type == "cuda" else "C++"
         part = "the attention of " if getattr(family, "ATTENTION_ALONE", False) else ""
         self.used = f"stg_kernels ({language}) in {part}{count} of {len(blocks)} blocks{rest}"
-        self.is_on = count > 0
+        self.is_on, self.is_everywhere = count > 0, count == len(blocks)
         return forwards
+
+    def state(self) -> tuple[str, bool, bool, tuple[str, ...]]:
+        """What the last choice was and what attention ran, for `resume`."""
+        return self.used, self.is_on, self.is_everywhere, self.attention()
+
+    def resume(self, state: tuple[str, bool, bool, tuple[str, ...]]) -> None:
+        """The same forward ran again, without a choice: it is in a CUDA graph."""
+        self.used, self.is_on, self.is_everywhere, attention = state
+        self._resumed = tuple(dict.fromkeys((*self._resumed, *attention)))
 
 
 def _unsuited(latents: Tensor) -> str:

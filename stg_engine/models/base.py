@@ -64,6 +64,8 @@ class ModelSpec:
     fused              module of `stg_engine.fused` with the block's forward from `stg_kernels`, or None
     velocity_of        per output, the argument x of `latents` with `x0 = x - sigma * output`, of the output's shape;
                        () if the model predicts something else
+    waits_in           "blocks" or "forward" where the modules' own forward of the blocks, or the transformer's around
+                       them, waits for the device, so that no CUDA graph can hold it; else ""
     presets            number of layers -> name of the published preset
     """
 
@@ -97,6 +99,7 @@ class ModelSpec:
     per_row: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     fused: str | None = None
     velocity_of: tuple[str, ...] = ()
+    waits_in: str = ""
     presets: Mapping[int, str] = field(default_factory=dict)
 
     @property

@@ -74,5 +74,6 @@ HUNYUAN_VIDEO_1_5 = register(
         once_per_prompt=("context_embedder_2",),
         per_row={"context_embedder": (0, 1, 2), "norm_out": (0, 1), "proj_out": (0,)},
         fused="hunyuan_video",
+        waits_in="forward",  # it looks whether an image's values are all 0
     )
 )

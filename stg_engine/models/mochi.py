@@ -76,5 +76,6 @@ MOCHI = register(
         per_row={"time_embed": (0, 1, 2), "norm_out": (0, 1), "proj_out": (0,)},
         fused="mochi",
         presets={48: "mochi"},
+        waits_in="blocks",
     )
 )

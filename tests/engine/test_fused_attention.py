@@ -10,7 +10,8 @@ from engine.tiny import CALL, latents_of, tiny_inputs, tiny_pipeline, tiny_trans
 from stg_kernels.attention import backends, choices, dispatch
 
 import stg_engine
-from stg_engine import Denoiser, STGConfig, denoiser
+from stg_engine import Denoiser, STGConfig
+from stg_engine import inputs as engine_inputs
 from stg_engine.fused import parts
 from stg_engine.inputs import key_lengths
 from stg_engine.plan import Plan
@@ -136,7 +137,7 @@ def test_padding_is_not_read():
 
 def test_lengths_are_read_once_per_prompt(monkeypatch):
     count = []
-    monkeypatch.setattr(denoiser, "key_lengths", lambda *mask: count.append(1) or key_lengths(*mask))
+    monkeypatch.setattr(engine_inputs, "key_lengths", lambda *mask: count.append(1) or key_lengths(*mask))
     inputs = tiny_inputs(1)
     with Denoiser(tiny_transformer(), CONFIG) as engine:
         for _ in range(3):

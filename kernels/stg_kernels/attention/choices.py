@@ -67,9 +67,13 @@ class Choice:
 
 
 class Choices:
-    """A dictionary that outlives the process; what is in the file is read once."""
+    """A dictionary that outlives the process; what is in the file is read once.
+
+    changes  how often a choice was made or all were dropped
+    """
 
     def __init__(self) -> None:
+        self.changes = 0
         self._known: dict[Kind, Choice] = {}
         self._read: tuple[str | None, ...] | None = None
 
@@ -84,6 +88,7 @@ class Choices:
     def put(self, kind: Kind, choice: Choice) -> None:
         """Into memory and the file, beside what other processes, devices and versions have there."""
         self._known[kind] = choice
+        self.changes += 1
         path, new = file(), {"kind": kind._asdict(), "versions": _versions(), **asdict(choice)}
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
@@ -101,6 +106,7 @@ class Choices:
         """All but the file."""
         self._known.clear()
         self._read = None
+        self.changes += 1
 
     def _load(self) -> None:
         source = tuple(map(os.environ.get, FILE_VARIABLES))

@@ -200,6 +200,11 @@ def measure(call: Any, device: torch.device) -> float:
     return statistics.median(repeat(call, number=1, repeat=REPEATS))
 
 
+def state() -> tuple[bool, int]:
+    """Changes when another backend may run, or one is to be measured: a captured CUDA graph runs what it ran then."""
+    return _tuned is not None, choices.changes
+
+
 def used() -> dict[str, str]:
     """Per kind of attention that ran since `forget_used`, the last backend and why: pinned, measured, or neither."""
     ran = dict(_ran)  # another thread may add to it

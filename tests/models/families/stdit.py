@@ -192,6 +192,7 @@ OPEN_SORA = register(
         shares_attention=True,
         once_per_step=dict.fromkeys(("x_embedder", "t_embedder.mlp", "fps_embedder.mlp", "t_block"), (0,)),
         per_row={"y_embedder": (0,), "final_layer": (0, 1, 2, 3)},
+        waits_in="forward",  # for sizes, and for the lengths of prompts
     )
 )
 
