@@ -221,8 +221,8 @@ class Denoiser:
             else:
                 asks = step.is_guided and self.fusion.is_possible
                 lengths = lengths_of(self.spec, plan, videos, cond, uncond, self.memo) if asks else None
-                inputs = (shared, cond, uncond, lengths)
-                outputs = self.graphs(run, (plan, step.is_guided), inputs, forward, has_lengths=lengths != {})
+                inputs, has_lengths = (shared, cond, uncond, lengths), lengths != {} if step.is_guided else None
+                outputs = self.graphs(run, (plan, step.is_guided), inputs, forward, has_lengths=has_lengths)
         except BaseException:
             self.release()
             raise

@@ -120,7 +120,7 @@ class Graph:
     inputs   the tensors that it reads, which are written before each replay
     replay   launches it; what it returns is written over by the next replay of any graph
     forward  the callable whose work it is, beside the modules that `watch` has
-    fusion   what `Fusion` said of it
+    fusion   what `Fusion` said of it; None where no block was to be fused
     """
 
     inputs: list[Tensor]
@@ -154,11 +154,7 @@ class Graphs:
         return len(self._graphs)
 
     def plain(self, forward: Forward, arguments: dict[str, Any]) -> Any:
-        """`forward(**arguments)`, the model's own blocks; without a graph where they wait for the device."""
-        self._check((arguments,))
-        if self.spec.waits_in == "blocks":
-            self.uncaptured += 1
-            return forward(**arguments)
+        """`forward(**arguments)` as a call of its own kind, in which no block is fused."""
         return self(lambda given: forward(**given), "plain", (arguments,), forward)
 
     def __call__(
@@ -168,18 +164,22 @@ class Graphs:
         inputs: tuple[Mapping[str, Any] | None, ...],
         forward: Forward,
         *,
-        has_lengths: bool = True,
+        has_lengths: bool | None = None,
     ) -> Any:
         """`function(*inputs)` by a graph, captured if there is none for this kind of call; the result is new memory.
 
         function  calls `forward`; the same work for the same `kind` and kinds of inputs
         inputs    named tensors, numbers, strings and None, also nested in dicts, lists and tuples
         forward   the transformer, or what a hook on it wraps
-        has_lengths   False where a prompt's mask sends fused blocks back to the modules' own forward
+        has_lengths   None where no block is fused: without a graph if the modules wait for the device. False where a
+                      prompt's mask sends fused blocks back to the modules' own forward
 
         Raises `ValueError` on another device than CUDA, `RuntimeError` for what a graph cannot hold.
         """
         device = self._check(inputs)
+        if has_lengths is None and self.spec.waits_in == "blocks":
+            self.uncaptured += 1
+            return function(*inputs)
         tensors: list[Tensor] = []
         key = (kind, _key(inputs, device, tensors, "inputs"), surroundings(device))
         if self._backend is None:
@@ -191,7 +191,8 @@ class Graphs:
             _write(graph.inputs, tensors)
             outputs = graph.replay()
             if graph.forward == forward and graph.watch.is_unchanged():  # looked up while the device works
-                self.fusion.resume(graph.fusion)
+                if graph.fusion is not None:
+                    self.fusion.resume(graph.fusion)
                 self.replayed += 1
                 return _copies(outputs)
         self._graphs.pop(key, None)
@@ -203,10 +204,11 @@ class Graphs:
         call = partial(function, *_filled(inputs, device, iter(statics)))
         with self.memo.paused():
             answer = _copies(self._backend.warm_up(call))
-            if kind != "plain":
+            if has_lengths is not None:
                 self._refuse_waiting(has_lengths)
             replay = self._captured(call)
-        self._graphs[key] = Graph(statics, replay, forward, Watch(self.transformer), self.fusion.state())
+        fusion = None if has_lengths is None else self.fusion.state()
+        self._graphs[key] = Graph(statics, replay, forward, Watch(self.transformer), fusion)
         self._bound()
         return answer
 
