@@ -132,7 +132,7 @@ GUIDED = {
 
 
 def support_table() -> str:
-    """The registered families. Each yes is a test over all of them in tests/models."""
+    """The registered families. Each yes is a test over all of them in tests/models or tests/engine/test_graphs.py."""
     import diffusers
 
     pipelines: dict[str, list[str]] = {}
@@ -155,7 +155,8 @@ def support_table() -> str:
         fused = "no" if spec.fused is None else "yes"
         if spec.fused is not None and hasattr(import_module(f"stg_engine.fused.{spec.fused}"), "ATTENTION_ALONE"):
             fused = "attention"
-        cells = (spec.family, skip, axes, hosts, fused, "yes", lora, "yes", "no")
+        graph = {"": "yes", "blocks": "fused blocks", "forward": "no"}[spec.waits_in]
+        cells = (spec.family, skip, axes, hosts, fused, "yes", lora, "yes", graph)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
@@ -28,6 +29,7 @@ class EngineHook(ModelHook):
         raise TypeError("stg_engine is on this transformer; detach it before you copy or pickle the transformer")
 
 
+@cache  # inspecting a forward takes as long as all other checks of a step
 def signature_of(kind: type) -> inspect.Signature:
     """Of the class's forward; a subclass that hands everything on by *args and **kwargs has that of its parent."""
     signatures = [inspect.signature(vars(base)["forward"]) for base in kind.__mro__ if "forward" in vars(base)]

@@ -79,7 +79,7 @@ class OwnPasses(Calls):
             self._learn_layers(step, arguments["spatio_temporal_guidance_blocks"])
         if kind in self._kept and _are_equal(inputs, self._inputs):
             return _output(self._kept.pop(kind), return_dict=return_dict)
-        return step.denoiser.plain(step.forward, arguments)
+        return step.forward(**arguments)
 
     def _kind_of(self, step: Step, arguments: dict[str, Any]) -> str:
         blocks, is_isolated = arguments.get("spatio_temporal_guidance_blocks"), arguments.get("isolate_modalities")

@@ -137,7 +137,7 @@ class TrueCFG(Sequential):
         if step.guidance.guidance_scale is not None:  # the schedule's: no CFG in this step
             return answer
         self._check_scale_is_not_needed(step)
-        (uncond,) = step.denoiser.plain(step.forward, {**arguments, "return_dict": False})
+        (uncond,) = step.forward(**arguments, return_dict=False)
         return uncond + skip_term
 
 

@@ -72,7 +72,7 @@ def surroundings(device: torch.device) -> Hashable:
         (*torch._C._get_sdp_priority_order(),),
         _AttentionBackendRegistry.get_active_backend()[0],
         os.environ.get("STG_ATTENTION"),
-        None if dispatch is None else dispatch.state(),
+        (False, 0) if dispatch is None else dispatch.state(),
         (*torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks),
     )
 

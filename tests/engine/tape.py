@@ -45,7 +45,9 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         masks = operation in INDEXED and any(t.dtype == torch.bool for t in tensors_of(args[1]))
-        if operation in WAITS or masks:
+        # A list made a tensor is copied from the host; a single number is filled in.
+        copied = operation is aten.lift_fresh.default and args[0].ndim > 0
+        if operation in WAITS or masks or copied:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({operation})")
         result = operation(*args, **kwargs)
         given = {_memory(tensor) for tensor in tensors_of((args, kwargs))}

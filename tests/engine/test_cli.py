@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engine.tape import TapeCapture
 from engine.tiny import tiny_inputs, tiny_pipeline, tiny_transformer
 from PIL import Image
 
 import stg_engine
 from stg_engine import cli, compare, generate, media, reference
 from stg_engine.config import Skip, STGConfig
+from stg_engine.runtime import graphs
 
 ROOT = Path(__file__).parents[2]
 
@@ -275,6 +277,18 @@ def test_compare_without_cfg_is_two_passes(small, tmp_path):
     data = json.loads((tmp_path / "clip.json").read_text())
     assert [run["label"].split("\n")[0] for run in data["runs"]] == ["no guidance", "STG 1"]
     assert (data["compare"]["passes"], data["compare"]["error"]) == (2, 0.0)
+
+
+def test_graph(small, tmp_path, capsys, monkeypatch):
+    if not torch.cuda.is_available():
+        assert cli.main([*small, "--graph"]) == 2
+        assert "graph=True is not allowed on cpu" in capsys.readouterr().err
+    monkeypatch.setattr(graphs, "CudaCapture", TapeCapture)
+    assert cli.main([*small, "--graph", "--compare", "--device", "cpu"]) == 0
+    data = json.loads((tmp_path / "clip.json").read_text())
+    assert data["graph"] is True
+    assert "graphs     1 captured, 1 replays" in data["report"]
+    assert data["compare"]["error"] <= 2 * data["compare"]["rounding"]
 
 
 def test_no_speed_up_is_stated_where_the_results_differ(small, tmp_path, capsys, monkeypatch):
