@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
                     given = arguments(case, shape, rows, dtype, device)
                     measured, best[case] = measure(case, given, clock, options.lossy)
                     if measured:
-                        record.append(options.out, *measured)
+                        record.append(options.out, measured)
                 shared, copied = (best.get(case, math.inf) for case in CASES[-2:])
                 if math.isfinite(shared + copied):
                     clock.line(CASES[-2], "best / best materialised", rows, f"{shared / copied:.2f}")

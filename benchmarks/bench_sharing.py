@@ -106,4 +106,4 @@ def test_sharing(benchmark, plain, kernels):
     benchmark.extra_info.update(speedup=row.speedup, bound=bound, efficiency=row.speedup / bound)
     ratios = f"{row.speedup:.3f}x, bound {bound:.4f}, efficiency {row.speedup / bound:.3f}"
     print(f"\n{plain}, kernels {row.kernels}: {ratios}", file=sys.stderr)
-    record.append(record.RESULTS / "engine.csv", row)
+    record.append(record.RESULTS / "engine.csv", [row])

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import stg_kernels
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile of the eager form, too")
     parser.add_argument("--out", default=str(record.RESULTS / "ops.csv"), help="CSV file to append to")
     options = parser.parse_args()
-    device, out = torch.device(options.device), record.Path(options.out)
+    device, out = torch.device(options.device), Path(options.out)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda is not allowed: torch finds no CUDA device here")
     if not out.absolute().parent.is_dir():
@@ -196,7 +197,7 @@ def main() -> None:
         for dtype in options.dtype:
             for rows in options.rows:
                 for case in cases(shape, rows, getattr(torch, dtype), device):
-                    record.append(out, *measure(case, shape, rows, getattr(torch, dtype), options.compile))
+                    record.append(out, measure(case, shape, rows, getattr(torch, dtype), options.compile))
 
 
 if __name__ == "__main__":

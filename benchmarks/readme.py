@@ -66,7 +66,7 @@ def cost_table() -> str:
 def speed_table() -> str:
     lines = ["| case | kernels | against three plain passes | plain | engine | speed-up | bound | measured on |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    rows = record.read(record.RESULTS / "engine.csv")
+    rows = record.read(record.RESULTS / "engine.csv", record.Row)
     latest = {(row.case, row.plain, row.kernels, row.device, row.threads): row for row in rows}
     for row in latest.values():
         times = f"{row.plain_seconds * 1e3:.0f} ms | {row.engine_seconds * 1e3:.0f} ms"

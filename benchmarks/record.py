@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import subprocess
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import stg_engine
-from stg_engine.env import processor
+from stg_engine.bench import record
+from stg_engine.bench.record import CORES, RESULTS, append, read
 
-RESULTS = Path(__file__).parent / "results"
+__all__ = ["BASELINES", "RESULTS", "AttentionRow", "OpRow", "Row", "append", "environment", "read"]
+
 BASELINES = ("diffusers", "eager")
 """Implementations of an op that others are compared with; the README takes the first one that a run has."""
 
@@ -128,55 +123,7 @@ class AttentionRow:
         return not self.device.endswith(CORES)
 
 
-CORES = " cores"
-"""Ends the name of a processor, and of no CUDA device."""
-
-
-def environment(device: torch.device) -> dict[str, str | int]:
+def environment(device: torch.device) -> dict[str, Any]:
     """The fields of a row that say where it was measured."""
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()}{CORES}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "diffusers": metadata.version("diffusers"),
-        "stg_engine": stg_engine.__version__,
-        "commit": _commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def append(path: Path, *new: Row | OpRow | AttentionRow) -> None:
-    """Add rows of one kind to a CSV file."""
-    kind = type(new[0])
-    rows = [*read(path, kind), *new]
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(r).items()} for r in rows)
-    temporary.replace(path)
-
-
-def read(path: Path, kind: Any = Row) -> list[Any]:
-    """All rows of a CSV file; none if there is no file."""
-    if not path.exists():
-        return []
-    kinds = {"float": float, "int": int, "str": str}
-    with path.open(newline="") as file:
-        return [
-            kind(**{field.name: kinds[str(field.type)](row[field.name]) for field in fields(kind)})
-            for row in csv.DictReader(file)
-        ]
-
-
-def _commit() -> str:
-    """The commit, "-dirty" if a tracked file other than the results differs from it."""
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS}")
-    return f"{commit}{'-dirty' if changed else ''}" if commit else "unknown"
+    names = ("device", "threads", "torch", "diffusers", "stg_engine", "commit", "date")
+    return {name: value for name, value in record.environment(device).items() if name in names}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "xformers", "safetensors", "av")
 # Listed by name or prefix, never all of them: an environment holds tokens.
@@ -56,21 +57,21 @@ def describe() -> dict[str, str]:
     lines["stg_kernels"] = f"compiled for {compiled}" if compiled else "not compiled: pip install --no-build-isolation"
     usable = "available" if torch.cuda.is_available() else "not available"
     lines["cuda"] = f"built for {torch.version.cuda or 'no CUDA'}, {usable}"
-    lines["driver"] = _driver()
+    lines["driver"] = driver()
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines[f"gpu {index}"] = (
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{properties.total_memory / 2**30:.1f} GiB, {properties.multi_processor_count} SMs"
         )
-    lines["attention (torch)"] = _attention_priority()
+    lines["attention (torch)"] = attention_priority()
     lines["attention (diffusers)"] = os.environ.get("DIFFUSERS_ATTN_BACKEND", "native (default)")
     lines["attention (stg_kernels)"] = _attention_choices()
     lines["environment"] = ", ".join(f"{name}={value}" for name, value in variables().items()) or "nothing relevant set"
     return lines
 
 
-def _attention_priority() -> str:
+def attention_priority() -> str:
     """Order in which scaled_dot_product_attention tries its backends, and which of them are switched on."""
     import torch
     from torch.nn.attention import SDPBackend
@@ -100,16 +101,34 @@ def _attention_choices() -> str:
     return f"{len(Choices().all())} measured, in {file()}"
 
 
-def _driver() -> str:
+def driver() -> str:
     """NVIDIA driver version by nvidia-smi, "none found" without it."""
+    return _nvidia_smi("driver_version") or "none found"
+
+
+def clock_mhz(device: Any) -> int | None:
+    """The GPU's streaming multiprocessor clock at this moment; None where it is not known."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return None
+    # nvidia-smi counts all GPUs of the machine, torch those in $CUDA_VISIBLE_DEVICES.
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    answer = _nvidia_smi("clocks.sm", *([] if uuid is None else [f"--id=GPU-{uuid}"]))
+    number = answer.removesuffix(" MHz")
+    return int(number) if number.isdecimal() else None
+
+
+def _nvidia_smi(query: str, *options: str) -> str:
+    """Its first line of answer, why it failed, or "" where there is none."""
     if shutil.which("nvidia-smi") is None:
-        return "none found"
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return ""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", *options]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi failed ({type(error).__name__})"
-    return result.stdout.split("\n")[0].strip() or "none found"
+    return result.stdout.split("\n")[0].strip()
 
 
 def processor() -> str:

@@ -106,7 +106,7 @@ def test_the_readme_shows_cuda_rows_alone(measured, monkeypatch, tmp_path):
     sdpa, ours = (
         replace(row, device="NVIDIA H200", commit="c", seconds=1e-3 * i) for i, row in zip((6, 4), rows, strict=True)
     )
-    record.append(tmp_path / "attention.csv", replace(sdpa, backend="sdpa (flash)"), ours)
+    record.append(tmp_path / "attention.csv", [replace(sdpa, backend="sdpa (flash)"), ours])
     (line,) = readme.attention_table().splitlines()[2:]
     expected = "self | LTX-Video 2B, 8 tokens | float32 | 6.00 ms | 4.00 ms | 1.50x | sdpa |"
     assert line.startswith(f"| {expected}")

@@ -49,7 +49,7 @@ def test_one_row_says_that_guidance_is_not_timed(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
     monkeypatch.setattr(ops, "SHAPES", (TINY,))
     monkeypatch.setattr(ops, "measure", lambda case, *rest: [case.op])
-    monkeypatch.setattr(record, "append", lambda path, op: print(op))
+    monkeypatch.setattr(record, "append", lambda path, ops: print(*ops))
     monkeypatch.setattr("sys.argv", ["ops", "--device", "cpu", "--rows", "1", "--out", str(tmp_path / "ops.csv")])
     ops.main()
     first, *timed = capsys.readouterr().out.splitlines()

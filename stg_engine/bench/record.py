@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import stg_engine
+from stg_engine import env
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+"""In a checkout."""
+CORES = " cores"
+"""Ends the name of a processor, and of no CUDA device."""
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -17,7 +37,8 @@ class StepRow:
                float64 of float32); `delta_error` that of c - p. Budgets: twice those of three plain passes in this
                dtype; None for a lossy variant
     cold_seconds    the first call in the process: compilation, capture, tuning
-    peak_bytes      allocated during a step beyond what lay there before (CUDA)
+    peak_bytes      beyond weights and inputs: what the variant holds between steps, a graph's pool included, and what
+                    a step allocates (CUDA)
     launches        kernels of one step (CUDA)
     kernels, attention    what the blocks and their attention ran
     gemm_flops, attention_flops, moved_bytes   of a step by the cost model (see `cost`)
@@ -68,3 +89,110 @@ class StepRow:
     stg_engine: str
     commit: str
     date: str
+
+
+def append(path: Path, rows: Sequence[Any]) -> None:
+    """Add rows, dataclasses of one kind, to a CSV file; None is an empty cell. The file is replaced whole."""
+    if not rows:
+        return
+    kind = type(rows[0])
+    lines = [asdict(row) for row in (*read(path, kind), *rows)]
+    temporary = _temporary(path)
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _cell(value) for name, value in line.items()} for line in lines)
+    temporary.replace(path)
+
+
+def read(path: Path, kind: type[R]) -> list[R]:
+    """All rows of a CSV file; none if there is no file. `ValueError` that names the file if it holds another kind."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        lines = csv.DictReader(file)
+        _check_names(path, kind, lines.fieldnames or ())
+        types = {field.name: str(field.type) for field in fields(kind)}
+        return [kind(**{name: _value(cell, types[name]) for name, cell in line.items()}) for line in lines]
+
+
+def to_json(path: Path, rows: Iterable[Any]) -> None:
+    """Write rows, dataclasses of one kind, as a JSON list of objects. The file is replaced whole."""
+    temporary = _temporary(path)
+    temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    temporary.replace(path)
+
+
+def from_json(path: Path, kind: type[R]) -> list[R]:
+    """What `to_json` wrote. `ValueError` that names the file if it holds something else."""
+    try:
+        lines = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+        raise ValueError(f"{path} is not allowed; it must hold a list of objects, as --json writes")
+    for line in lines:
+        _check_names(path, kind, line)
+    return [kind(**line) for line in lines]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The fields of a row that say where and when it was measured; `clock_mhz` is that of this moment."""
+    found = env.versions()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "clock_mhz": env.clock_mhz(device),
+        "driver": env.driver() if device.type == "cuda" else "",
+        "cuda": torch.version.cuda or "",
+        "cudnn": str(torch.backends.cudnn.version() or "") if device.type == "cuda" else "",
+        "sdpa": env.attention_priority(),
+        "torch": torch.__version__,
+        "triton": found["triton"],
+        "diffusers": found["diffusers"],
+        "stg_engine": stg_engine.__version__,
+        "commit": commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, "-dirty" if a tracked file other than the results differs from it; "unknown" elsewhere."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:
+            return ""
+
+    if not git("ls-files", "--", Path(__file__).name):  # installed, perhaps inside a repository of something else
+        return "unknown"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS}")
+    return f"{git('rev-parse', '--short', 'HEAD')}{'-dirty' if changed else ''}"
+
+
+def _processor() -> str:
+    return f"{env.processor()}, {os.cpu_count()}{CORES}"
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _value(cell: str, annotation: str) -> Any:
+    kind, _, optional = annotation.partition(" | ")
+    if optional and not cell:
+        return None
+    return cell == "True" if kind == "bool" else {"float": float, "int": int, "str": str}[kind](cell)
+
+
+def _check_names(path: Path, kind: type[Any], names: Iterable[str]) -> None:
+    expected = {field.name for field in fields(kind)}
+    if expected != set(names):
+        missing, further = sorted(expected - set(names)), sorted(set(names) - expected)
+        raise ValueError(f"{path} holds no {kind.__name__}s: missing fields {missing}, unknown fields {further}")
