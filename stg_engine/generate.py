@@ -86,16 +86,11 @@ def generate(request: Request, warn: Warn) -> str:
     """
     paths = media.output_paths(request.out)
     media.check_writable(paths, request.force)
-    pipeline = pipeline_class(request.model)
-    if pipeline is not None:
-        check_pipeline(str(request.model), pipeline)
-    model = find_model(request.model)
+    model = model_to_run(request.model)
     if request.prompt is None and model.is_shipped:
         request = replace(request, prompt=demo.SETTING.prompt)
     if not (request.prompt or "").strip():
         raise ValueError(f"prompt={request.prompt!r} is not allowed; say what the clip shows")
-    if model.source is None:
-        raise ValueError(f"model={model.name!r} is a published shape without weights; name a folder or a hub id")
     setting = choose_setting(model, request)
     plan = setting.plan(model)
     if request.compare and model.spec.links:
@@ -107,10 +102,10 @@ def generate(request: Request, warn: Warn) -> str:
     if request.negative_prompt and setting.guidance_scale <= 1:
         warn(f"the negative prompt has no effect at guidance scale {setting.guidance_scale:g}; it needs more than 1")
 
-    device = _device(request.device)
-    dtype = _dtype(request.dtype, device)
-    pipe = _load(model, device, dtype)
-    call = _call(request, model, pipe)
+    device = choose_device(request.device)
+    dtype = choose_dtype(request.dtype, device)
+    pipe = load_pipeline(model, device, dtype)
+    call = clip_arguments(request, model, pipe)
     if model.is_shipped:
         _warn_of_unknown_words(pipe.tokenizer, f"{request.prompt} {request.negative_prompt or ''}", warn)
 
@@ -151,6 +146,17 @@ def generate(request: Request, warn: Warn) -> str:
     }
     _write(paths, request.force, clips, metadata)
     return _summary(paths, plan, clips, comparison, f"{device}, {metadata['dtype']}")
+
+
+def model_to_run(name: str | None) -> Model:
+    """`find_model` of a pipeline that can be called with a prompt. ValueError for another, before its weights load."""
+    pipeline = pipeline_class(name)
+    if pipeline is not None:
+        check_pipeline(str(name), pipeline)
+    model = find_model(name)
+    if model.source is None:
+        raise ValueError(f"model={model.name!r} is a published shape without weights; name a folder or a hub id")
+    return model
 
 
 def _run_all(
@@ -215,7 +221,7 @@ def _execution(request: Request) -> dict[str, Any]:
     return {name: getattr(request, name) for name in ("execution", "max_rows", "kernels", "graph")}
 
 
-def _load(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
+def load_pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
     """The pipeline on `device`. ValueError if it cannot be loaded."""
     transformers.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
@@ -226,7 +232,8 @@ def _load(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
     return pipe.to(device)
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """That device; None: CUDA where there is one, else the CPU. ValueError if it is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -239,11 +246,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """That dtype; None: float32 on a CPU, else bfloat16."""
     return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
-def _call(request: Request, model: Model, pipe: Any) -> dict[str, Any]:
+def clip_arguments(request: Request, model: Model, pipe: Any) -> dict[str, Any]:
     """Size, frame rate and steps that the user typed, or the shipped model has, as arguments of the pipeline."""
     options = {name: getattr(request, name) for name in _CLIP}
     if model.is_shipped:
