@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -105,7 +105,7 @@ def generate(request: Request, warn: Warn) -> str:
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)
     pipe = load_pipeline(model, device, dtype)
-    call = clip_arguments(request, model, pipe)
+    call = clip_arguments({name: getattr(request, name) for name in _CLIP}, model, pipe)
     if model.is_shipped:
         _warn_of_unknown_words(pipe.tokenizer, f"{request.prompt} {request.negative_prompt or ''}", warn)
 
@@ -251,9 +251,8 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
-def clip_arguments(request: Request, model: Model, pipe: Any) -> dict[str, Any]:
-    """Size, frame rate and steps that the user typed, or the shipped model has, as arguments of the pipeline."""
-    options = {name: getattr(request, name) for name in _CLIP}
+def clip_arguments(options: Mapping[str, int | None], model: Model, pipe: Any) -> dict[str, Any]:
+    """height, width, frames, fps, steps that the user typed, or the shipped model has, as the pipeline's arguments."""
     if model.is_shipped:
         options = {name: getattr(demo.SETTING, name) if value is None else value for name, value in options.items()}
     call = call_arguments(pipe, options)
