@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from stg_engine.bench.sweep import add_arguments as add_sweep_arguments
+
 PROG = "stg-engine"
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -21,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _warn(message)
             args.run(args)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail(f"interrupted; {str(stop) or 'nothing was written'}", EXIT_INTERRUPTED)
     except Exception as error:
         if "--debug" in argv:
             raise
@@ -61,6 +63,17 @@ def _plan(args: argparse.Namespace) -> None:
     print(f"{model.name}: {model.spec.family}, {model.num_layers} blocks\n{setting}\n\n{plan}")
 
 
+def _sweep(args: argparse.Namespace) -> None:
+    from stg_engine.bench import sweep_output
+    from stg_engine.bench.sweep import SweepRequest, sweep
+
+    request = _typed(SweepRequest, args)
+    print(sweep_output.table(sweep(request)))
+    if request.plot is not None:
+        sweep_output.plot(request.out, request.plot, request.force)
+    print(f"\nwrote {', '.join(filter(None, (request.out, request.plot)))}")
+
+
 def _typed(kind: type[Any], args: argparse.Namespace) -> Any:
     return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
@@ -93,7 +106,7 @@ class _Version(argparse.Action):
 def _parser() -> _Parser:
     parser = _Parser(prog=PROG, description="Video generation with Spatiotemporal Skip Guidance.", allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,plan,env}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,plan,sweep,env}")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> _Parser:
         added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
@@ -108,6 +121,7 @@ def _parser() -> _Parser:
         "plan", _plan, "print which branches have rows at which block and what a step costs; loads no weights"
     )
     _add_setting(plan)
+    add_sweep_arguments(command("sweep", _sweep, "what each layer's skip costs, changes and does to clips, as CSV"))
     command("env", _env, "print what a bug report needs")
     return parser
 

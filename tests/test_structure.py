@@ -39,7 +39,11 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 LAZY_UP = {("config", "presets")}  # STGConfig.preset("name")
 
 # Inside a folder the files are siblings; these are what they share.
-SHARED = {"models": {"base"}, "calls": {"base"}, "bench": {"case", "record", "calls", "count", "cost"}}
+SHARED = {
+    "models": {"base"},
+    "calls": {"base"},
+    "bench": {"case", "record", "calls", "cases", "timing", "layers", "sweep", "cost", "count"},
+}
 
 # Plain data: these may load nothing but the standard library and each other.
 STANDARD_LIBRARY_ONLY = {"schedule", "config", "conventions", "presets", "comfyui", "plan"}
