@@ -22,8 +22,8 @@ UNJUDGED = "Only clips say which layer is best: a larger delta is a stronger pus
 JUDGED = (
     "all: share of clips in which the whole caption holds. overlap, edge, stray: the first row's own values, below it "
     "the change on the same captions and noise, ± one standard error: changes below two are noise. best: the largest "
-    "gain of edge among layers that make nothing else worse by more than noise; as good: not told from it. The model is a "
-    "toy: its best layer says nothing about another model's."
+    "gain of edge among layers that make nothing else worse by more than noise; as good: not told from it. The model "
+    "is a toy: its best layer says nothing about another model's."
 )
 
 
