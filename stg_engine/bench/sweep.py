@@ -27,8 +27,9 @@ class SweepRow:
     mode, axis, stg_scale, guidance_scale   the guidance; 1 is no CFG
     block_rows, pass_equivalents   of a step by its plan, per video
     seconds         of a guided step of one video, median of `samples` rounds over all rows; `low`, `high` the quartiles
-    of_cfg          the same over the seconds that CFG alone took in the same round (no guidance, where there is no CFG)
-    delta           |c - p| / |c|, L2, mean of the rounds, which are spread over noise levels; `_low`, `_high` extremes
+    of_cfg          the same over the first row's in the same round: CFG alone, or no guidance where there is no CFG
+    delta           |c - p| / |c|, L2, mean of the rounds, which are spread over noise levels; `_low`, `_high` extremes;
+                    of the video where there is audio, too
     delta_of_cfg    |c - p| / |c - u|, the difference of the skip over that of CFG
     clips, steps    that were judged, and of each
     all, shape, color, direction, background   share of clips in which that of the caption holds; `_error` its standard

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from stg_engine.bench.record import read
 from stg_engine.bench.sweep import SHARES, SweepRow
 
+WIDTH = 120
 NOISE = 2.0
 """Standard errors below which a difference is noise."""
 RANDOM = "Weights are random: cost is that of the architecture, delta says nothing of a real checkpoint."
 COST = (
-    "passes: block-rows / blocks. x CFG: seconds over those of the first row in the same round, median (quartiles). "
+    "passes: block-rows / blocks. ms: of a guided step of one video. x CFG: over the first row's in the same round, "
+    "median (quartiles). "
     "|c-p|/|c|: how far the skip moves the prediction, mean (least to most over noise levels); /|c-u|: over what CFG "
     "moves it."
 )
@@ -67,13 +70,13 @@ def ranked(rows: Sequence[SweepRow]) -> list[SweepRow]:
 def table(rows: Sequence[SweepRow]) -> str:
     """What a person reads: setting, a line per row, how to read it."""
     found, is_judged = verdicts(rows), any(row.clips for row in rows)
-    lines = [["", "passes", "ms per step", "x CFG", "|c-p|/|c|", "/|c-u|"]]
+    lines = [["", "passes", "ms", "x CFG", "|c-p|/|c|", "/|c-u|"]]
     lines[0] += ["all", "overlap", "edge", "stray", ""] if is_judged else []
     lines += [[*_cost_cells(row), *(_clip_cells(row, found) if is_judged else [])] for row in ranked(rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     notes = [COST, JUDGED if is_judged else UNJUDGED, *([RANDOM] if rows[0].weights == "random" else [])]
-    return "\n".join([_setting(rows), "", *text, "", *notes])
+    return "\n".join([fill(_setting(rows), WIDTH), "", *text, "", *(fill(note, WIDTH) for note in notes)])
 
 
 def _setting(rows: Sequence[SweepRow]) -> str:
@@ -83,7 +86,7 @@ def _setting(rows: Sequence[SweepRow]) -> str:
     cfg = f"CFG {row.guidance_scale:g}" if row.guidance_scale > 1 else "no CFG"
     return (
         f"{row.model}, {row.blocks} layers: {kind} skip at scale {row.stg_scale:g}, {cfg}{clips}, {row.samples} timed "
-        f"steps per row ({row.device}, {row.threads} threads, {row.dtype}; blocks of layers: {row.kernels})"
+        f"steps per row ({row.device}, threads: {row.threads}, {row.dtype}; blocks of layers: {row.kernels})"
     )
 
 
@@ -92,9 +95,9 @@ def _cost_cells(row: SweepRow) -> list[str]:
     return [
         row.name,
         f"{row.pass_equivalents:.2f}",
-        f"{row.seconds * 1e3:.1f} ({row.low * 1e3:.1f}-{row.high * 1e3:.1f})",
+        f"{row.seconds * 1e3:.1f}",
         f"{row.of_cfg:.2f} ({row.of_cfg_low:.2f}-{row.of_cfg_high:.2f})",
-        f"{row.delta:.3f} ({row.delta_low:.3f}-{row.delta_high:.3f})" if has_delta else "",
+        f"{row.delta:.2f} ({row.delta_low:.2f}-{row.delta_high:.2f})" if has_delta else "",
         "" if row.delta_of_cfg is None else f"{row.delta_of_cfg:.2f}",
     ]
 

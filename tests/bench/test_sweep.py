@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine.tiny import tiny_inputs, tiny_pipeline, tiny_transformer
+from models.pipelines import wan
 from PIL import Image
 
 from stg_engine import cli, generate
@@ -192,6 +193,23 @@ def test_pipeline_without_cfg(tiny, tmp_path, capsys):
     assert [row.pass_equivalents for row in rows] == [1.0, 1 + 2 / 4, 1 + 1 / 4]
     assert all(row.delta > 0 and row.delta_of_cfg is None for row in rows[1:])
     assert "no CFG" in capsys.readouterr().out
+
+
+def test_every_transformer_of_a_pipeline_is_measured(monkeypatch):
+    monkeypatch.setattr(layers, "SAMPLES", 1)
+    pipe = next(case for case in wan.CASES if case.name == "WanPipeline 2.2").build()
+    setting, call = Setting(None, 5.0, None), {"num_inference_steps": 3, "height": 32, "width": 32, "num_frames": 9}
+    steps = layers.steps_of_run(pipe, setting, call, ["a red cat"])
+    assert [step.transformer for step in steps] == [pipe.transformer, pipe.transformer_2, pipe.transformer_2]
+    assert all(step.uncond is not None for step in steps)
+    guidances = {"layer 1": STGConfig(layers=(1,)).at()}
+    *_, results = layers.measure(steps, STGConfig(layers=(0,)), guidances)
+    expected = []
+    for step in steps:
+        with torch.no_grad(), Denoiser(step.transformer, STGConfig(layers=(1,))) as denoiser:
+            branches = denoiser.branches(step.shared, step.cond, step.uncond)
+            expected.append(norms(branches["cond"] - branches["skip"]) / norms(branches["cond"]))
+    assert results["layer 1"].delta == pytest.approx(expected, rel=1e-5)
 
 
 def test_case_has_random_weights_and_its_own_setting(case, tmp_path, capsys):
