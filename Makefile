@@ -56,6 +56,6 @@ $(VENV)/.base: constraints.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev $(VENV)/.peers: $(VENV)/.%: $(VENV)/.base
+$(VENV)/.test $(VENV)/.bench $(VENV)/.dev $(VENV)/.peers: $(VENV)/.%: $(VENV)/.base
 	$(PIP) --no-build-isolation -e '.[$*]'
 	@touch $@

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "triton", "diffusers", "transformers", "accelerate", "av")
+HEAVY = ("torch", "triton", "diffusers", "transformers", "accelerate", "av", "matplotlib")
 
 # Watches what is asked for, not what got loaded: a package may be absent, or its ImportError be caught.
 WATCH = """

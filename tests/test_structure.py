@@ -42,7 +42,7 @@ LAZY_UP = {("config", "presets")}  # STGConfig.preset("name")
 SHARED = {
     "models": {"base"},
     "calls": {"base"},
-    "bench": {"case", "record", "calls", "cases", "timing", "layers", "sweep", "cost", "count"},
+    "bench": {"calls", "case", "cases", "cost", "count", "ladder", "layers", "record", "sweep", "timing"},
 }
 
 # Plain data: these may load nothing but the standard library and each other.
