@@ -24,11 +24,16 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 # Freed memory stays with the process: see benchmarks/ops.py.
-bench: $(VENV)/.test
-	MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=1000000000 $(BIN)/python -m pytest benchmarks $(ARGS)
+bench: export MALLOC_TRIM_THRESHOLD_ = 4000000000
+bench: export MALLOC_MMAP_THRESHOLD_ = 1000000000
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks --benchmark-autosave $(ARGS)
+	$(BIN)/stg-engine bench --case cpu --csv benchmarks/results/steps.csv
+	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.readme
 
-readme: $(VENV)/.test
+readme: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.readme
 
 peers: checkout $(VENV)/.peers

@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import record
+from benchmarks import plots, record, speed
 from stg_engine import Plan, Skip, STGConfig
 from stg_engine.calls import PIPELINES
 from stg_engine.config import StepGuidance
@@ -63,17 +63,12 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
-def speed_table() -> str:
-    lines = ["| case | kernels | against three plain passes | plain | engine | speed-up | bound | measured on |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    rows = record.read(record.RESULTS / "engine.csv", record.Row)
-    latest = {(row.case, row.plain, row.kernels, row.device, row.threads): row for row in rows}
-    for row in latest.values():
-        times = f"{row.plain_seconds * 1e3:.0f} ms | {row.engine_seconds * 1e3:.0f} ms"
-        where = f"{row.device}, {row.threads} thread{'s' * (row.threads > 1)}, torch {row.torch}, commit {row.commit}"
-        ratios = f"{row.speedup:.2f}x | {row.bound:.2f}x"
-        lines.append(f"| {row.case}, {row.dtype} | {row.kernels} | {row.plain} | {times} | {ratios} | {where} |")
-    return "\n".join(lines)
+def speed_part() -> str:
+    return speed.speed_tables(record.read(record.STEPS, record.StepRow))
+
+
+def goals_part() -> str:
+    return speed.goals_table(record.read(record.STEPS, record.StepRow))
 
 
 def ops_table() -> str:
@@ -99,7 +94,9 @@ def attention_table() -> str:
     """Each case with three rows on a CUDA device: what `branch_attention` runs against torch's SDPA."""
     rows = record.read(record.RESULTS / "attention.csv", record.AttentionRow)
     latest = {
-        (r.case, r.model, r.dtype, r.device, r.backend.split(" ")[0]): r for r in rows if r.is_cuda and r.rows == 3
+        (r.case, r.model, r.dtype, r.device, r.backend.split(" ")[0]): r
+        for r in rows
+        if record.is_cuda(r) and r.rows == 3
     }
     lines = ["| case | model | dtype | SDPA | `branch_attention` | ratio | backend | of matmul speed | measured on |"]
     lines.append("|---|---|---|---|---|---|---|---|---|")
@@ -108,11 +105,11 @@ def attention_table() -> str:
             continue
         sdpa = latest.get((*key[:-1], "sdpa"))
         plain, ratio = (f"{sdpa.seconds * 1e3:.2f} ms", f"{sdpa.seconds / row.seconds:.2f}x") if sdpa else ("none", "")
-        backend, speed = row.backend.removeprefix("dispatch: "), f"{row.tflops / row.matmul_tflops:.2f}"
+        backend, of_matmul = row.backend.removeprefix("dispatch: "), f"{row.tflops / row.matmul_tflops:.2f}"
         times = f"{plain} | {row.seconds * 1e3:.2f} ms | {ratio}"
         where = f"{row.device}, commit {row.commit}"
-        lines.append(f"| {row.case} | {row.model} | {row.dtype} | {times} | {backend} | {speed} | {where} |")
-    return "\n".join(lines) if len(lines) > 2 else "No CUDA device has been measured yet."
+        lines.append(f"| {row.case} | {row.model} | {row.dtype} | {times} | {backend} | {of_matmul} | {where} |")
+    return "\n".join(lines) if len(lines) > 2 else speed.NO_CUDA
 
 
 SKIPS = {
@@ -192,7 +189,8 @@ PARTS = {
     "support": support_table,
     "plan": plan_picture,
     "cost": cost_table,
-    "speed": speed_table,
+    "speed": speed_part,
+    "goals": goals_part,
     "ops": ops_table,
     "attention": attention_table,
 }
@@ -215,7 +213,11 @@ def generated(page: Path) -> str:
 def main() -> int:
     pages = {page: generated(page) for page in PAGES}
     if "--check" in sys.argv[1:]:
-        return int(any(page.read_text() != text for page, text in pages.items()))
+        stale = plots.stale(record.read(record.STEPS, record.StepRow))
+        stale += [page.name for page, text in pages.items() if page.read_text() != text]
+        for name in stale:
+            print(f"{name} is not what code and CSV say: run `make readme`")
+        return int(bool(stale))
     for page, text in pages.items():
         temporary = page.with_suffix(".tmp")
         temporary.write_text(text)

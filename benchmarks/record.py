@@ -8,46 +8,25 @@ from typing import Any
 import torch
 
 from stg_engine.bench import record
-from stg_engine.bench.record import CORES, RESULTS, append, read
+from stg_engine.bench.record import CORES, RESULTS, StepRow, append, read
 
-__all__ = ["BASELINES", "RESULTS", "AttentionRow", "OpRow", "Row", "append", "environment", "read"]
+__all__ = [
+    "BASELINES",
+    "RESULTS",
+    "STEPS",
+    "AttentionRow",
+    "OpRow",
+    "StepRow",
+    "append",
+    "environment",
+    "is_cuda",
+    "read",
+]
 
+STEPS = RESULTS / "steps.csv"
+"""Rows of `stg-engine bench`."""
 BASELINES = ("diffusers", "eager")
 """Implementations of an op that others are compared with; the README takes the first one that a run has."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Engine against plain passes, seconds per step: medians of `samples` interleaved runs, with their quartiles.
-
-    error, budget   relative error of the guided prediction against float64: the engine's, the plain passes'
-    bound           block-rows of plain passes / block-rows of the plan
-    kernels         what the engine's blocks ran: "off" are diffusers' modules
-    """
-
-    case: str
-    plain: str
-    kernels: str
-    plain_seconds: float
-    plain_iqr: float
-    engine_seconds: float
-    engine_iqr: float
-    samples: int
-    bound: float
-    error: float
-    budget: float
-    dtype: str
-    device: str
-    threads: int
-    torch: str
-    diffusers: str
-    stg_engine: str
-    commit: str
-    date: str
-
-    @property
-    def speedup(self) -> float:
-        return self.plain_seconds / self.engine_seconds
 
 
 @dataclass(frozen=True)
@@ -118,9 +97,10 @@ class AttentionRow:
     commit: str
     date: str
 
-    @property
-    def is_cuda(self) -> bool:
-        return not self.device.endswith(CORES)
+
+def is_cuda(row: AttentionRow | StepRow) -> bool:
+    """Measured on a CUDA device."""
+    return not row.device.endswith(CORES)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

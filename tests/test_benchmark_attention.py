@@ -42,7 +42,7 @@ def test_rows(measured):
         assert row.tflops * 1e12 == pytest.approx(4 * 8 * (3 + 77 + 77) * 32 * 64 / 0.5, rel=1e-5)
         assert row.matmul_tflops * 1e12 == pytest.approx(2 * 1024**3 / 0.5, rel=1e-5)
         assert row.error <= row.budget
-        assert not row.is_cuda
+        assert not record.is_cuda(row)
 
 
 def test_own_keys_are_computed_by_torch_and_other_rows_are_not(measured):
