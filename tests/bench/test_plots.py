@@ -6,6 +6,8 @@ import pytest
 from bench.made_up import SECONDS, ladder_rows, step_row
 
 from stg_engine.bench import plots
+from stg_engine.bench.cases import CASES
+from stg_engine.presets import PRESETS
 
 ROWS = ladder_rows()
 
@@ -133,3 +135,9 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(RuntimeError, match=r"pip install .stg-engine\[bench\]"):
         plots.write(ROWS, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(("case", "preset"), plots.MODELS.items())
+def test_the_dot_is_the_layer_of_the_case(case, preset):
+    (measured,), (published,) = CASES[case].config.skips, plots._step(PRESETS[preset]).skips
+    assert (measured.layers, measured.mode) == (published.layers, published.mode)
