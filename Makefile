@@ -28,7 +28,7 @@ bench: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 bench: export MALLOC_MMAP_THRESHOLD_ = 1000000000
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-autosave $(ARGS)
-	$(BIN)/stg-engine bench --case cpu --csv benchmarks/results/steps.csv
+	$(BIN)/stg-engine bench --device cpu --case cpu --csv benchmarks/results/steps.csv
 	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.readme
 

@@ -1,4 +1,4 @@
-"""Guided steps of the CPU cases by pytest-benchmark: batched passes, and the engine without and with sharing and kernels.
+"""Guided steps of the CPU cases by pytest-benchmark: batched passes, the engine without and with sharing, its default.
 
 `make bench` keeps the JSON in .benchmarks/. A step is only worth its ratio to another of the same run; the parity gate,
 baselines and rows are those of `stg-engine bench --case cpu`.
@@ -29,7 +29,7 @@ def prepared(request: pytest.FixtureRequest):
 @torch.no_grad()
 def test_step(benchmark, prepared, variant):
     case, transformer, inputs = prepared
-    chosen = next(other for other in VARIANTS if other.name == variant)
+    chosen = VARIANTS[variant]
     if reason := chosen.why_not(case, CPU):
         pytest.skip(reason)
     benchmark.group = case.name

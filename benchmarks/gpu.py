@@ -11,7 +11,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import record
@@ -19,12 +19,20 @@ from benchmarks.shapes import SHAPES
 from stg_engine.bench.case import Case
 from stg_engine.bench.cases import CASES
 
+REPEATS = 20
 FIRST = ("ltx-video-2b", "mochi")
 """Of the published sizes; the others follow by tokens."""
+BASELINES = {
+    "sharing": "batched-passes,engine-unshared,engine-shared,engine-kernels,engine",
+    "compiled": "batched-passes,compiled-passes,engine,engine-graph,engine-compiled,engine-compiled-graph",
+    "max-autotune": "batched-passes,max-autotune-passes,engine,engine-graph,engine-compiled,engine-compiled-graph",
+    "others": "batched-passes,cfg,sequential-passes,best-attention,engine-serial,float8-engine",
+}
+"""Of a published size, whose rows are written when all are measured: ratios need rows of one run."""
 KINDS = {"ops.csv": record.OpRow, "attention.csv": record.AttentionRow, "steps.csv": record.StepRow}
 
 
-def steps(out: Path) -> dict[str, list[str]]:
+def steps(out: Path, repeats: int = REPEATS) -> dict[str, list[str]]:
     """Name -> arguments of Python. Short ones first: tests, ops, attention, small cases, published sizes."""
 
     def size(case: Case) -> tuple[bool, bool, int]:
@@ -33,19 +41,25 @@ def steps(out: Path) -> dict[str, list[str]]:
     shapes = {shape.model.split(",")[0]: shape.model.split(",")[0].lower().replace(" ", "-") for shape in SHAPES}
     ops = ["-m", "benchmarks.ops", "--device", "cuda", "--compile", "--out", str(out / "ops.csv"), "--models"]
     attention = ["-m", "benchmarks.attention", "--rows", "1", "2", "3", "--out", str(out / "attention.csv"), "--models"]
-    bench = ["-m", "stg_engine", "bench", "--csv", str(out / "steps.csv"), "--case"]
+    bench = ["-m", "stg_engine", "bench", "--csv", str(out / "steps.csv"), "--repeats", str(repeats), "--case"]
     cases = sorted((case for case in CASES.values() if case.kind != "cpu"), key=size)
     return {
         "tests": ["-m", "pytest", "-q", "-m", "gpu"],
         **{f"ops-{name}": [*ops, model] for model, name in shapes.items()},
         **{f"attention-{name}": [*attention, model] for model, name in shapes.items()},
-        **{f"case-{case.name}": [*bench, case.name] for case in cases},
+        **{f"case-{case.name}": [*bench, case.name] for case in cases if case.kind == "small"},
+        **{
+            f"case-{case.name}.{part}": [*bench, case.name, "--baselines", names]
+            for case in cases
+            if case.kind == "true"
+            for part, names in BASELINES.items()
+        },
     }
 
 
-def run(out: Path, chosen: Sequence[str], seconds: float) -> dict[str, str]:
+def run(out: Path, commands: Mapping[str, list[str]], chosen: Sequence[str], seconds: float) -> dict[str, str]:
     """Run what is not done yet until the time is over: step -> "done", "failed" or "left"."""
-    deadline, commands = time.monotonic() + seconds, steps(out)
+    deadline = time.monotonic() + seconds
     states = dict.fromkeys(chosen, "left")
     for name in chosen:
         done = out / f"{name}.done"
@@ -90,21 +104,22 @@ def main() -> int:
     what.add_argument("--out", type=Path, help="folder for rows, logs and marks")
     what.add_argument("--keep", type=Path, metavar="FOLDER", help="add its rows to benchmarks/results")
     parser.add_argument("--minutes", type=float, default=9.5, help="stop after so many minutes (default 9.5)")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help=f"samples of a variant (default {REPEATS})")
     parser.add_argument("--list", action="store_true", help="print the steps, run none")
     parser.add_argument("steps", nargs="*", help="only these, or all whose name begins so (default: all)")
     options = parser.parse_args()
     if options.keep is not None:
         keep(options.keep)
         return 0
-    names = list(steps(options.out))
-    if unknown := [begin for begin in options.steps if not any(name.startswith(begin) for name in names)]:
-        parser.error(f"steps: {unknown[0]!r} begins none of {', '.join(names)}")
-    chosen = [name for name in names if not options.steps or name.startswith(tuple(options.steps))]
+    commands = steps(options.out, options.repeats)
+    if unknown := [begin for begin in options.steps if not any(name.startswith(begin) for name in commands)]:
+        parser.error(f"steps: {unknown[0]!r} begins none of {', '.join(commands)}")
+    chosen = [name for name in commands if not options.steps or name.startswith(tuple(options.steps))]
     if options.list:
         print(*chosen, sep="\n")
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
-    states = run(options.out, chosen, 60 * options.minutes)
+    states = run(options.out, commands, chosen, 60 * options.minutes)
     for state in ("failed", "left"):
         if found := [name for name in chosen if states[name] == state]:
             print(f"{state}: {' '.join(found)}")

@@ -51,8 +51,8 @@ def speed_tables(rows: Sequence[StepRow]) -> str:
 
 def _caption(rows: Sequence[StepRow]) -> str:
     row = pictured(rows)[0]
-    kind = "" if is_cuda(row) else " in a version for CPUs"
-    return f"{row.title}{kind}, {row.device}, {row.dtype}."
+    kind = ", a version for CPUs" if row.kind == "cpu" else ""
+    return f"{row.title}{kind}; {row.device}, {row.dtype}."
 
 
 def _cells(ladder: Ladder) -> list[str]:

@@ -75,11 +75,11 @@ class Ladder:
 
     @property
     def gain_over_compiled(self) -> float | None:
-        """The best exact engine variant against the faster form of compiled passes, every ratio within one run."""
+        """The best exact engine variant against the faster form of compiled passes, each measured beside it."""
         compiled = [name for name in (COMPILED, "max-autotune-passes") if name in self.newest]
         engines = [name for name, row in self.newest.items() if row.is_exact and name not in BASELINES]
         gains = [[self.ratio(slow, fast) for slow in compiled] for fast in engines]
-        measured = [min(g for g in gain if g is not None) for gain in gains if any(g is not None for g in gain)]
+        measured = [min(g for g in gain if g is not None) for gain in gains if gain and None not in gain]
         return max(measured, default=None)
 
 

@@ -36,7 +36,12 @@ STYLE = {
     "svg.hashsalt": "stg_engine",
     "hatch.linewidth": 0.6,
 }
-FORMATS = (".png", ".svg")
+# Dates, versions and random ids would make the same rows another file.
+FORMATS: dict[str, dict[str, Any]] = {
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+}
 Quartiles = tuple[float, float, float]
 WIDTH = 8.0
 """Inches."""
@@ -172,7 +177,7 @@ PLOTS: dict[str, Callable[[Sequence[StepRow]], Figure]] = {
 
 
 def write(rows: Sequence[StepRow], path: Path | str, draw: Callable[[Sequence[StepRow]], Figure] = waterfall) -> None:
-    """Draw to a PNG or SVG file. `ValueError` for another suffix and for rows that leave nothing to draw.
+    """Draw to a PDF, PNG or SVG file. `ValueError` for another suffix and for rows that leave nothing to draw.
 
     `RuntimeError` without matplotlib. An SVG names its rows: `digest` of them is its identifier.
     """
@@ -183,12 +188,11 @@ def write(rows: Sequence[StepRow], path: Path | str, draw: Callable[[Sequence[St
         import matplotlib
     except ModuleNotFoundError as missing:
         raise RuntimeError('plots need matplotlib: pip install "stg-engine[bench]"') from missing
-    # Dates, versions and random ids would make the same rows another file.
-    metadata = {".svg": {"Date": None, "Creator": None, "Identifier": digest(rows)}, ".png": {"Software": None}}
+    metadata = {**FORMATS[path.suffix], **({"Identifier": digest(rows)} if path.suffix == ".svg" else {})}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
         try:
-            draw(rows).savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata[path.suffix])
+            draw(rows).savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -233,7 +237,7 @@ def _bars(
         kinds = ([row for row in shown if _belongs(row) == is_exact] for is_exact in (True, False))
         panels += [_Panel(ladder, kind, shown) for kind in kinds if kind]
     counts = [float(len(panel.rows)) for panel in panels]
-    figure, all_axes = _figure(counts, 0.25 * sum(counts) + 0.62 * len(counts), unit)
+    figure, all_axes = _figure(counts, 0.25 * sum(counts) + 0.75 * len(counts), unit)
     for axes, panel in zip(all_axes, panels, strict=True):
         _draw_bars(axes, panel, quartiles)
         for place, row in enumerate(panel.rows):
@@ -242,7 +246,7 @@ def _bars(
         batched, bound = panel.ladder.newest.get(BATCHED), panel.ladder.bound
         if quartiles is _seconds and panel.is_exact and batched is not None and bound is not None:
             axes.axvline(batched.seconds / bound, color=INK, linewidth=1, linestyle="--")
-            axes.set_title(f"{axes.get_title('left')}; dashed: sharing alone, {bound:.2f}x", loc="left")
+            axes.set_title(f"{axes.get_title('left')}\ndashed: {BATCHED} / {bound:.2f}, sharing alone", loc="left")
     all_axes[-1].set_xlabel(unit)
     return _captioned(figure, [row for panel in panels for row in panel.rows])
 

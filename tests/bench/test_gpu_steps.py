@@ -6,13 +6,14 @@ import pytest
 from bench.made_up import step_row
 
 from benchmarks import gpu, record
+from stg_engine.bench.ladder import BATCHED, ORDER, SHARED, UNSHARED
 
 
 @pytest.fixture
 def commands(monkeypatch):
     """Steps in place of the real ones: {name: a line of Python}."""
     lines = {}
-    monkeypatch.setattr(gpu, "steps", lambda out: {name: ["-c", line] for name, line in lines.items()})
+    monkeypatch.setattr(gpu, "steps", lambda out, repeats: {name: ["-c", line] for name, line in lines.items()})
     return lines
 
 
@@ -28,8 +29,18 @@ def test_short_steps_come_first(tmp_path):
     cases = [name for name in names if name.startswith("case-")]
     assert names[-len(cases) :] == cases
     assert not [name for name in cases if name.endswith("-cpu")]
-    assert cases.index("case-wan-2.1-14b-small") < cases.index("case-ltx-video-2b") < cases.index("case-mochi")
+    assert cases.index("case-wan-2.1-14b-small") < cases.index("case-ltx-video-2b.sharing")
+    assert (
+        cases.index("case-ltx-video-2b.others") < cases.index("case-mochi.sharing") < cases.index("case-ltx-2.sharing")
+    )
     assert cases[-1].startswith("case-wan")
+
+
+def test_every_part_of_a_case_has_the_baseline_of_its_ratios():
+    parts = [names.split(",") for names in gpu.BASELINES.values()]
+    assert all(BATCHED in part for part in parts)
+    assert {name for part in parts for name in part} == set(ORDER)
+    assert {UNSHARED, SHARED} <= set(parts[0])
 
 
 def test_a_done_step_is_not_run_again(commands, tmp_path, monkeypatch, capsys):

@@ -60,13 +60,13 @@ def test_cuda_stands_first_and_says_where():
         "Made-up CPU, 2 cores, 1 thread"
     )
     assert speed.NO_CUDA not in text
-    assert "LTX-Video 2B, 768x512x121, Made-up GPU, bfloat16." in text
+    assert "LTX-Video 2B, 768x512x121; Made-up GPU, bfloat16." in text
 
 
 @pytest.mark.parametrize("rows", [[], CPU])
 def test_no_cuda_device_is_said(rows):
     assert speed.speed_tables(rows).startswith(speed.NO_CUDA)
-    assert ("Mochi in a version for CPUs" in speed.speed_tables(rows)) is bool(rows)
+    assert ("Mochi, a version for CPUs; Made-up CPU" in speed.speed_tables(rows)) is bool(rows)
 
 
 def verdicts(rows):
