@@ -53,3 +53,8 @@ def test_compiled_passes_are_the_faster_of_both():
     assert Ladder((step_row("engine"), step_row("batched-passes"))).gain_over_compiled is None
     beside_one = [step_row("compiled-passes", run="two"), step_row("engine-serial", seconds=0.01, run="two")]
     assert Ladder((*ladder_rows(), *beside_one)).gain_over_compiled == pytest.approx(0.212 / 0.158)
+
+
+def test_every_variant_has_its_place():
+    variants = pytest.importorskip("stg_engine.bench.variants").VARIANTS
+    assert tuple(variants) == ORDER
