@@ -59,10 +59,10 @@ class Cost:
     def seconds(self, ceilings: Ceilings) -> float:
         """`gemm_flops / matmul + attention_flops / attention + moved_bytes / copy`.
 
-        A sum, not a maximum: a GEMM or attention kernel hides its own traffic behind its arithmetic, and the bytes
-        stand for what runs between two of them. If all of that is fused, it reads what one kernel wrote and writes what
-        the next one reads, once each. So a step built of the fastest GEMM, attention and fused elementwise kernels
-        takes about this long.
+        A sum, not a maximum: a large GEMM or attention hides its own traffic behind its arithmetic, and the bytes stand
+        for what runs between two of them. If all of that is fused, it reads what one kernel wrote and writes what the
+        next one reads, once each. Weights are counted once per launch: a GEMM of few rows waits for them. So a step of
+        the fastest GEMM, attention and fused elementwise kernels takes about this long.
 
         Left out: launches and gaps between kernels, which rule small shapes; kernels that fuse less, or more, as a GELU
         in a GEMM's epilogue; masks and rotary tables; GEMMs and cross-attention too small to reach the ceilings; norms

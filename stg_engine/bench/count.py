@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -141,7 +142,7 @@ class Counter:
             activations = [x for x in inputs if _storage(x) not in self._weights]
             work = Work(gemm_flops=flops) if weights else Work(attention_flops=flops)
             # No biases: of a strided input `linear` adds its bias in an operation of its own.
-            read = Work(weight_bytes=sum(_bytes(x) for x in weights if x.ndim > 1))
+            read = Work(weight_bytes=sum(_read_once(x) for x in weights if x.ndim > 1))
             self._add(work + _moved(activations, outputs) + read, inputs)
         return result
 
@@ -254,6 +255,11 @@ def _moved(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
+
+
+def _read_once(x: Tensor) -> int:
+    """Bytes of a weight, which `linear` expands for some strided inputs."""
+    return prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride) * x.element_size()
 
 
 def _storage(x: Tensor) -> StorageWeakRef:

@@ -187,6 +187,15 @@ def test_attention_without_sdpa_is_attention():
     assert (work.gemm_flops, work.attention_flops) == (2 * 10 * 8 * 8, 4 * 2 * 5 * 5 * 8)
 
 
+@pytest.mark.parametrize("x", [torch.randn(6, 5, 64), torch.randn(6, 9, 64)[:, 1:6]], ids=["dense", "strided"])
+def test_a_weight_is_read_once(x):
+    """`linear` of a strided input multiplies by an expanded weight, and adds the bias behind it."""
+    model = torch.nn.Linear(64, 32).requires_grad_(False)
+    with Counter(model) as counter:
+        model(x)
+    assert counter.work[Place("once")] == Work(2 * 30 * 64 * 32, 0, 4 * 30 * (64 + 32), 4 * 64 * 32)
+
+
 def test_seconds_and_words():
     cost = Cost(2_345_000_000_000, 450_000_000_000, 12_300_000_000)
     assert cost.seconds(CEILINGS) == pytest.approx(2.345 + 0.9 + 0.123)
