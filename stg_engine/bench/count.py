@@ -158,10 +158,9 @@ class Counter:
         return bool(self._of_rows) and not self._of_rows.isdisjoint(map(_storage, inputs))
 
     def _follows_from_prompt(self, inputs: Sequence[Tensor]) -> bool:
-        """Indices and masks of constants do not count: they say where, not what."""
         if not self._of_prompt:
             return False
-        storages = {_storage(x) for x in inputs if x.is_floating_point()}
+        storages = set(map(_storage, inputs))
         return not storages.isdisjoint(self._of_prompt) and storages <= self._of_prompt | self._weights
 
 
