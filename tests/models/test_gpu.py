@@ -9,6 +9,7 @@ from stg_engine import Denoiser, Skip, STGConfig
 pytestmark = pytest.mark.gpu
 CASES = cases()
 DEVICE = "cuda"
+COPIES_LISTS = ("LTX-2", "SkyReels-V2 DF")  # to the device, in every forward: without coordinates; with frame rates
 
 
 def to(device, inputs, dtype=None):
@@ -53,3 +54,33 @@ def test_branches_in_bfloat16(case, mode, kernels):
     deltas = errors(lambda of, i: of["cond"][i].double().cpu() - of["skip"][i].double().cpu())
     for ours, theirs in zip(*deltas, strict=True):
         assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_graphs(case, kernels):
+    """What can be captured, and that a replay has the bits of the eager engine; the rest is refused in words."""
+    skip = case.skips()[0]
+    model = case.model(torch.bfloat16).to(DEVICE)
+    config = STGConfig(layers=skip.layers, mode=skip.mode, axis=skip.axis)
+    inputs = [to(DEVICE, group) for group in case.inputs(2, torch.bfloat16)]
+    with torch.no_grad():
+        with Denoiser(model, config, kernels=kernels) as denoiser:
+            spec, expected = denoiser.spec, denoiser(*inputs, guidance_scale=3.0)
+            waits = spec.waits_in == "blocks" and not denoiser.fusion.is_everywhere
+        if spec.waits_in == "forward":
+            with pytest.raises(ValueError, match="waits for the device"):
+                Denoiser(model, config, kernels=kernels, graph=True)
+            return
+        with Denoiser(model, config, kernels=kernels, graph=True) as denoiser:
+            if waits or str(case) in COPIES_LISTS:
+                with pytest.raises(RuntimeError, match="graph=False"):
+                    denoiser(*inputs, guidance_scale=3.0)
+                return
+            results = [denoiser(*inputs, guidance_scale=3.0) for _ in range(3)]
+            assert (denoiser.graphs.captured, denoiser.graphs.replayed) == (1, 2)
+    each = [result if isinstance(result, tuple) else (result,) for result in (expected, *results)]
+    assert all(map(torch.equal, each[1], each[2]))
+    assert all(map(torch.equal, each[2], each[3]))
+    if inputs[0]["timestep"].ndim < 2:  # timesteps of tokens: each value is embedded once without a graph
+        assert all(map(torch.equal, each[0], each[1]))
