@@ -171,6 +171,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--execution", choices=("batched", "serial"), default="batched", help="(default: %(default)s)")
     group.add_argument("--kernels", choices=("auto", "off"), default="auto", help="(default: %(default)s)")
+    group.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "max-autotune-no-cudagraphs"),
+        metavar="MODE",
+        help="compile the blocks (torch.compile): default, or max-autotune-no-cudagraphs; takes its time at the start",
+    )
     group.add_argument("--max-rows", type=_integer(1), metavar="N", help="at most N rows at once (default: all)")
     group.add_argument("--graph", action="store_true", help="launch each step as one CUDA graph")
     group.add_argument(

@@ -32,6 +32,7 @@ from stg_engine.once import guided_hooks, kept_modules
 from stg_engine.plan import Plan, Plans, build_plans, check_layers
 from stg_engine.presets import PRESETS
 from stg_engine.rows import Run, Slot
+from stg_engine.runtime.compile import Compiler, check_mode
 from stg_engine.runtime.graphs import Graphs
 
 EXECUTIONS = ("batched", "serial")
@@ -48,6 +49,8 @@ class Denoiser:
     max_rows     at most this many rows at once; serial is max_rows=1
     kernels      "auto": blocks and guidance from `stg_kernels` where family and device have them; "off": the modules as
                  they are. `fusion.used` says what the last guided step ran
+    compile      None, or a mode of `torch.compile`, "default" or "max-autotune-no-cudagraphs": blocks are compiled, one
+                 function per class, in place of the blocks from `stg_kernels`. `compiler.used` says which
     share        False: branches that are equal are computed all the same, which shows what sharing is worth
     graph        True: a forward is captured as a CUDA graph in its first step and launched as one in later steps with
                  inputs of the same kind, whose memory stays taken until `release()`; see `runtime.graphs`
@@ -71,6 +74,7 @@ class Denoiser:
         kernels: str = "auto",
         share: bool = True,
         graph: bool = False,
+        compile: str | None = None,
     ) -> None:
         self.spec = spec_of(getattr(transformer, "_orig_mod", transformer))
         self.transformer = transformer
@@ -82,6 +86,7 @@ class Denoiser:
         self.execution, self.kernels, self.max_rows = execution, kernels, _max_rows(execution, max_rows)
         if kernels not in KERNELS:
             raise ValueError(f"kernels={kernels!r} is not allowed; choose one of {', '.join(map(repr, KERNELS))}")
+        check_mode(compile)
         self.share = share
         self._check_config()
         if is_installed(self.blocks[0]):
@@ -91,10 +96,11 @@ class Denoiser:
         self.memo = Memo()
         self.differences: dict[str, Tensor] = {}
         self._attentions = self._in_blocks((*self.spec.self_attention, *self.spec.links))
-        self.fusion = Fusion(self.spec.fused, kernels)
+        self.compiler = None if compile is None else Compiler(self.spec, self.blocks, compile)
+        self.fusion = Fusion(self.spec.fused, kernels, is_compiled=compile is not None)
         self.graphs = Graphs(transformer, self.spec, self.fusion, self.memo) if graph else None
         self._combiner = Combiner(self.config, self.fusion)
-        self._slot = Slot()
+        self._slot = Slot(compiler=self.compiler)
         self._plans: dict[tuple[StepGuidance, bool], Plan] = {}
         self._hooked: list[nn.Module] = []
         self._forwards: list[tuple[Any, Any]] = []

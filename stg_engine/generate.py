@@ -57,6 +57,7 @@ class Request(Options):
     kernels: str = "auto"
     max_rows: int | None = None
     graph: bool = False
+    compile: str | None = None
     compare: bool = False
     force: bool = False
 
@@ -130,6 +131,7 @@ def generate(request: Request, warn: Warn) -> str:
         "kernels": request.kernels,
         "max_rows": request.max_rows,
         "graph": request.graph,
+        "compile": request.compile,
         "plan": _describe_plan(plan),
         "device": str(device),
         "device_name": env.device_name(str(device)),
@@ -218,7 +220,7 @@ def _attached(pipe: Any, setting: Setting, request: Request) -> AbstractContextM
 
 def _execution(request: Request) -> dict[str, Any]:
     """Those of the options that `attach` and `Denoiser` take beside a config."""
-    return {name: getattr(request, name) for name in ("execution", "max_rows", "kernels", "graph")}
+    return {name: getattr(request, name) for name in ("execution", "max_rows", "kernels", "graph", "compile")}
 
 
 def load_pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Any:

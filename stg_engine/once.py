@@ -96,7 +96,8 @@ class RowsHook(EngineHook):
             chunk = rows[start:stop]
             positional = (of(i, arg, chunk) for i, arg in enumerate(args))
             parts.append(forward(*positional, **{name: of(name, arg, chunk) for name, arg in kwargs.items()}))
-        return _spread(join(parts), places, len(names), run.videos)
+        result = _spread(join(parts), places, len(names), run.videos)
+        return result if self.slot.compiler is None else _contiguous(result)  # as in steps without a guided forward
 
 
 class OncePerStep(RowsHook):
@@ -186,6 +187,12 @@ def guided_hooks(
 def in_chunks(forward: Callable[[Tensor], Tensor], x: Tensor, max_rows: int | None, total: int) -> Tensor:
     """`forward(x)`, at most `max_rows` of its `total` rows at a time."""
     return join([forward(narrow(x, start, stop, total)) for start, stop in chunk_ranges(total, max_rows)])
+
+
+def _contiguous(value: Rows) -> Rows:
+    if isinstance(value, tuple):
+        return tuple(map(_contiguous, value))
+    return None if value is None else value.contiguous()
 
 
 def _spread(value: Rows, places: list[int], count: int, videos: int) -> Rows:

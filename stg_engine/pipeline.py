@@ -41,12 +41,13 @@ def attach(
     max_rows: int | None = None,
     kernels: str = "auto",
     graph: bool = False,
+    compile: str | None = None,
 ) -> Engine:
     """Switch Spatiotemporal Skip Guidance on in a diffusers pipeline; call `pipe(...)` as before.
 
     config     None takes the preset published for the model, and in pipelines with STG of their own (LTX-2) what they
                are called with
-    execution, max_rows, kernels, graph   see `Denoiser`; graphs are kept for one call of the pipeline
+    execution, max_rows, kernels, graph, compile   see `Denoiser`; graphs are kept for one call of the pipeline
 
     Negative prompt, guidance_rescale, callbacks and so on are the pipeline's own, and so is the guidance scale unless a
     schedule sets it per noise level. Returns an `Engine`, also a context manager. Raises `TypeError` for a pipeline
@@ -64,7 +65,8 @@ def attach(
     if not models:
         raise ValueError(f"{names[0]} has no {' or '.join(calls.models)}; load one before you attach")
     with ExitStack() as stack:
-        options: dict[str, Any] = {"execution": execution, "max_rows": max_rows, "kernels": kernels, "graph": graph}
+        options: dict[str, Any] = {"execution": execution, "max_rows": max_rows, "kernels": kernels}
+        options |= {"graph": graph, "compile": compile}
         config = calls.own if config is None else config
         denoisers = [stack.enter_context(Denoiser(model, config, **options)) for model in models]
         engine = Engine(pipe, calls, denoisers)
@@ -259,6 +261,7 @@ class Engine:
         ran = [denoiser for denoiser in self.denoisers if denoiser.differences] or [self.denoiser]
         report.kernels = ran[0].fusion.used if report.guided_steps else "none: no guided step"
         report.graphs = "; ".join(str(denoiser.graphs) for denoiser in self.denoisers if denoiser.graphs is not None)
+        report.compiled = "" if ran[0].compiler is None else ran[0].compiler.used
         report.attention = ran[0].fusion.attention() or report.attention
         for denoiser in ran:
             for name, value in denoiser.differences.items():

@@ -173,6 +173,15 @@ class Plan:
         """Branches whose self-attention returns V in this block."""
         return tuple(b.name for b in self.branches if b.skips.get(block) == "attention")
 
+    def changes_inside(self, block: int) -> str:
+        """What of the plan acts inside this block, in words; "" if its rows run it as it is."""
+        if self.skipping_attention(block):
+            return "attention skip"
+        if self.shared_attention(block):
+            return "self-attention shared"
+        isolated = {branch.name for branch in self.branches if branch.is_isolated}
+        return "modalities isolated" if isolated.intersection(self.rows[block]) else ""
+
     def parent_of_rows(self, name: str, block: int) -> str:
         """The branch that has rows for `name` in front of `block`: itself, or the one that it still equals."""
         fork = self.forks.get(name)

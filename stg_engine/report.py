@@ -18,6 +18,7 @@ class Report:
 
     attention     per kind of attention the backend that fused blocks ran; without such blocks diffusers' backend
     graphs        CUDA graphs: how many were captured and how often they ran; "": not asked for
+    compiled      the blocks that `torch.compile` ran and why others ran as they are, in the last step; "": not asked for
     guided_steps  steps with skip branches; the others are plain diffusers
     seconds       wall clock of the loop, the device waited for at its end
     peak_bytes    largest memory allocated on the CUDA device since the loop began, None elsewhere
@@ -35,6 +36,7 @@ class Report:
     device: str
     dtype: str
     graphs: str = ""
+    compiled: str = ""
     steps: int = 0
     guided_steps: int = 0
     seconds: float = 0.0
@@ -54,6 +56,8 @@ class Report:
         lines.append(f"kernels    {self.kernels}")
         if self.graphs:
             lines.append(f"graphs     {self.graphs}")
+        if self.compiled:
+            lines.append(f"compiled   {self.compiled}")
         lines += [f"attention  {line}" for line in self.attention]
         if self.peak_bytes is not None:
             lines.append(f"memory     {self.peak_bytes / 2**20:.0f} MiB at the peak")
@@ -82,6 +86,7 @@ def new_report(denoiser: Any, plan: Plan | Plans, device: torch.device) -> Repor
         plan=plan,
         execution=denoiser.execution if denoiser.max_rows in (None, 1) else f"at most {denoiser.max_rows} rows at once",
         kernels=denoiser.fusion.used,
+        compiled="" if denoiser.compiler is None else denoiser.compiler.used,
         attention=(attention_backend(denoiser.blocks[0].get_submodule(denoiser.spec.self_attention[0])),),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         dtype=str(denoiser.transformer.dtype).removeprefix("torch."),

@@ -22,15 +22,15 @@ from stg_engine.layout import Rows, chunk_ranges, each_row, index_tensor, join, 
 from stg_engine.memo import Memo
 from stg_engine.plan import Plan
 
-Row = tuple[str, int]
-"""(branch, video)"""
+Row = tuple[str, int]  # (branch, video)
 
 
 @dataclass
 class Slot:
-    """What the hooks of one transformer share: the guided forward in progress, or None: then every hook steps aside."""
+    """What hooks share: the guided forward in progress (None: they step aside), what compiles blocks (None: nothing)."""
 
     run: Run | None = None
+    compiler: Any = None
 
 
 class Run:
@@ -64,8 +64,7 @@ class Run:
         self.names = tuple(branch.name for branch in plan.branches)
         self._total = len(self.names) * videos
         self._isolated = {branch.name for branch in plan.branches if branch.is_isolated}
-        self._live = self.names
-        self.next = 0
+        self._live, self.next = self.names, 0
         self._states: dict[str, tuple[tuple[Tensor, ...], int, int]] = {}
         self._once: dict[Any, tuple[Any, Any]] = {}
         self._current: list[Row] = []
@@ -326,10 +325,15 @@ class RunHook(ArgumentHook):
 
 
 class BlockHook(RunHook):
-    """Runs a block on the rows of the plan, see `Run.block`."""
+    """Runs a block on the rows of the plan, see `Run.block`; compiled, also between guided forwards, if asked for."""
 
-    def call(self, run: Run, module: nn.Module, forward: Forward, arguments: dict[str, Any]) -> Any:
-        return run.block(self.index, module, forward, arguments)
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward, run, compiler = self.fn_ref.original_forward, self.slot.run, self.slot.compiler
+        if compiler is not None:
+            forward = compiler.forward(module, forward, "" if run is None else run.plan.changes_inside(self.index))
+        if run is None:
+            return forward(*args, **kwargs)
+        return run.block(self.index, module, forward, self.bind(module, args, kwargs))
 
 
 class SelfAttentionHook(RunHook):

@@ -21,6 +21,7 @@ class Fusion:
     family   module of this package with `supports(transformer, block, dtype of the latents)` and
              `forward(run, index, block, ...)`, or None
     kernels  "auto" or "off"
+    is_compiled   blocks run compiled, so none is fused; the guidance may be
     used     what the last choice was, in words; `is_on` is True if it was the fused forward in any block,
              `is_everywhere` if in all
     has_masks   set to True where a prompt's mask is more than padding behind it, and attention is diffusers'
@@ -28,10 +29,10 @@ class Fusion:
     Raises `ValueError` if `$STG_ATTENTION` names no backend.
     """
 
-    def __init__(self, family: str | None, kernels: str) -> None:
+    def __init__(self, family: str | None, kernels: str, *, is_compiled: bool = False) -> None:
         self.used, self.is_on, self.is_everywhere, self.has_masks = "none yet", False, False, False
         self._resumed: tuple[str, ...] = ()
-        self._why_not = ""
+        self._why_not, self._is_compiled = "", is_compiled
         if kernels == "off":
             self._why_not = "kernels='off'"
         elif family is None:
@@ -69,12 +70,16 @@ class Fusion:
         if why_not or self._family is None:
             self.used, self.is_on, self.is_everywhere = f"modules as they are: {why_not}", False, False
             return [None] * len(blocks)
+        language = "Triton" if latents.device.type == "cuda" else "C++"
+        if self._is_compiled:
+            self.used = f"stg_kernels ({language}) in the guidance alone: compile is set"
+            self.is_on, self.is_everywhere = True, False
+            return [None] * len(blocks)
         family, dtype = self._family, latents.dtype
         forwards = [family.forward if family.supports(transformer, block, dtype) else None for block in blocks]
         count = sum(forward is not None for forward in forwards)
         others = ", the others have hooks, processors or modules that the kernels do not cover"
         rest = "" if count == len(blocks) else others
-        language = "Triton" if latents.device.type == "cuda" else "C++"
         part = "the attention of " if getattr(family, "ATTENTION_ALONE", False) else ""
         self.used = f"stg_kernels ({language}) in {part}{count} of {len(blocks)} blocks{rest}"
         self.is_on, self.is_everywhere = count > 0, count == len(blocks)
