@@ -1,5 +1,8 @@
 """On a CUDA device, at LTX-Video 2B's true shape: parity in bfloat16, bitwise serial execution, memory."""
 
+from dataclasses import replace
+from inspect import signature
+
 import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel
@@ -68,6 +71,35 @@ def test_serial_is_bitwise_equal_to_plain_passes(transformer, inputs):
         engine = denoiser.branches(*inputs)
     for name in plain:
         assert torch.equal(engine[name], plain[name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_compiled_blocks_are_as_near_as_plain_passes(transformer, inputs, mode):
+    widened = [{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in group.items()} for group in inputs]
+    plain = passes_one_by_one(transformer, CONFIG.skips, *inputs)
+    batched = passes_in_one_batch(transformer, CONFIG.skips, *inputs)
+    with Denoiser(transformer, replace(CONFIG, stop=0.5), compile=mode) as denoiser:
+        engine = denoiser.branches(*inputs, progress=0.1)
+        assert f"torch.compile ({mode}) in 27 of 28 blocks" in denoiser.compiler.used
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for progress in (0.3, 0.7):  # without skips, too
+                denoiser(*inputs, guidance_scale=3.0, progress=progress)
+    exact = passes_one_by_one(transformer.float(), CONFIG.skips, *widened)
+    transformer.to(torch.bfloat16)
+    for name in exact:
+        budget = (plain[name].float() - exact[name]).norm() + (batched[name] - plain[name]).float().norm()
+        assert (engine[name].float() - exact[name]).norm() <= budget, name
+
+
+@torch.no_grad()
+@pytest.mark.skipif("graph" not in signature(Denoiser).parameters, reason="no CUDA graphs in this version")
+def test_compiled_blocks_in_a_graph(transformer, inputs):
+    with Denoiser(transformer, CONFIG, compile="default") as denoiser:
+        expected = denoiser(*inputs, guidance_scale=3.0)
+    with Denoiser(transformer, CONFIG, compile="default", graph=True) as denoiser:
+        for _ in range(3):
+            assert torch.equal(denoiser(*inputs, guidance_scale=3.0), expected)
 
 
 @torch.no_grad()
