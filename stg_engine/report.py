@@ -18,7 +18,7 @@ class Report:
 
     attention     per kind of attention the backend that fused blocks ran; without such blocks diffusers' backend
     graphs        CUDA graphs: how many were captured and how often they ran; "": not asked for
-    compiled      the blocks that `torch.compile` ran and why others ran as they are, in the last step; "": not asked for
+    compiled      the blocks that `torch.compile` ran and why it did not run others, in the last step; "": not asked for
     guided_steps  steps with skip branches; the others are plain diffusers
     seconds       wall clock of the loop, the device waited for at its end
     peak_bytes    largest memory allocated on the CUDA device since the loop began, None elsewhere

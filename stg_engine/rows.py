@@ -27,7 +27,7 @@ Row = tuple[str, int]  # (branch, video)
 
 @dataclass
 class Slot:
-    """What hooks share: the guided forward in progress (None: they step aside), what compiles blocks (None: nothing)."""
+    """What hooks share: the guided forward in progress (None: they step aside) and what compiles blocks, or None."""
 
     run: Run | None = None
     compiler: Any = None

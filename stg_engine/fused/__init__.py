@@ -47,7 +47,7 @@ class Fusion:
     @property
     def is_possible(self) -> bool:
         """False if no block will ever be fused."""
-        return self._family is not None
+        return self._family is not None and not self._is_compiled
 
     def attention(self) -> tuple[str, ...]:
         """Per kind of attention, the backend that fused blocks ran since `forget_attention`, in this process."""

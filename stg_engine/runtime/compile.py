@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,9 @@ from stg_engine.hooks import Forward, has_global_hooks, hook_of, is_plain, runs_
 
 MODES = ("default", "max-autotune-no-cudagraphs")
 BACKEND = "inductor"
+
+Key = tuple[type[nn.Module], tuple[tuple[str, tuple[int, ...]], ...]]
+"""Class, names and shapes of the weights: one compiled function serves all blocks that have them."""
 
 
 def check_mode(mode: str | None) -> None:
@@ -52,7 +55,7 @@ class Compiler:
         self.mode = mode
         self._carriers = (*spec.streams, *spec.block_rows)
         self._keys = {id(block): _key(block) for block in blocks}
-        self._refused: dict[Any, str] = {}
+        self._refused: dict[Key, str] = {}
         self._ran: dict[int, str] = {}
 
     @property
@@ -76,22 +79,21 @@ class Compiler:
         alike = {name: _alike(value) if name in self._carriers else value for name, value in arguments.items()}
         try:
             with _without_own_hooks(block):
-                return _compiled(*key, self.mode, BACKEND)(block, **alike)
+                return _compiled(key, self.mode, BACKEND)(block, **alike)
         except (Unsupported, UserError, FailOnRecompileLimitHit) as error:  # nothing of it has run
             self._ran[id(block)] = self._refused[key] = _in_words(error)
             warnings.warn(f"blocks of class {type(block).__name__} run as they are: {_in_words(error)}", stacklevel=2)
         return forward(**arguments)
 
 
-def _key(block: nn.Module) -> tuple[type[nn.Module], tuple[Any, ...]]:
-    """Of blocks that one compiled function serves."""
+def _key(block: nn.Module) -> Key:
     return type(block), tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
 
 
-@lru_cache(maxsize=None)
-def _compiled(kind: type[nn.Module], shapes: tuple[Any, ...], mode: str, backend: str) -> Callable[..., Any]:
+@cache
+def _compiled(key: Key, mode: str, backend: str) -> Callable[..., Any]:
     """The class's forward, compiled. As a function of its own, whose graphs are not those of the user's `compile()`."""
-    forward: Any = kind.forward
+    forward: Any = key[0].forward
     own = types.FunctionType(
         forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
     )

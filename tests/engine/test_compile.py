@@ -1,6 +1,8 @@
 """Blocks under torch.compile: the same predictions, one compilation per class, and nothing that changes is missed."""
 
+import accelerate
 import pytest
+import stg_kernels
 import torch
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
 from engine.tiny import latents_of, tiny_inputs, tiny_pipeline, tiny_transformer
@@ -55,7 +57,7 @@ def branches(model, inputs, config, compile="default", **options):
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_every_family(name):
-    """In one graph per class and shape of weights for several rows, with skips and without; and one for a single row."""
+    """In one graph per class and shape of weights for several rows, skips or not; in another for a single row."""
     case = CASES[name]
     model, last, axis = case.model(torch.float32), case.layers - 1, case.axes[-1]
     inputs = case.inputs(1, torch.float32)
@@ -185,6 +187,28 @@ def test_changes_of_an_adapter_count(change):
     expected, _ = branches(model, inputs, config, compile=None)
     assert_equal(after, expected)
     assert relative_error(after["cond"], before["cond"]) > 100 * FP32_RELATIVE
+
+
+def test_offloaded_weights_run_blocks_as_they_are():
+    model, inputs, config = tiny_transformer(num_layers=2), tiny_inputs(), STGConfig(layers=(1,))
+    expected, _ = branches(model, inputs, config, compile=None)
+    model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    actual, compiler = branches(model, inputs, config)
+    assert_equal(actual, expected)
+    assert "1 as they are: hooks inside" in compiler.used
+
+
+@pytest.mark.skipif(not stg_kernels.accelerates(torch.device("cpu")), reason="the C++ kernels are not compiled")
+def test_the_guidance_may_be_fused():
+    model, inputs, config = tiny_transformer(num_layers=2), tiny_inputs(), STGConfig(layers=(1,), rescale=0.7)
+    results = []
+    for options in ({"kernels": "off"}, {"compile": "default"}):
+        with Denoiser(model, config, **options) as denoiser:
+            results.append(denoiser(*inputs, guidance_scale=3.0))
+            used, is_on = denoiser.fusion.used, denoiser.fusion.is_on
+    assert relative_error(*results) <= 10 * FP32_RELATIVE
+    assert used == "stg_kernels (C++) in the guidance alone: compile is set"
+    assert is_on
 
 
 def test_hooks_inside_run_the_block_as_it_is():
