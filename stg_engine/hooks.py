@@ -29,9 +29,13 @@ class EngineHook(ModelHook):
         raise TypeError("stg_engine is on this transformer; detach it before you copy or pickle the transformer")
 
 
-@cache  # inspecting a forward takes as long as all other checks of a step
-def signature_of(kind: type) -> inspect.Signature:
+def signature_of(kind: Any) -> inspect.Signature:
     """Of the class's forward; a subclass that hands everything on by *args and **kwargs has that of its parent."""
+    return _signature_of(kind)
+
+
+@cache  # inspecting a forward takes as long as all other checks of a step
+def _signature_of(kind: Any) -> inspect.Signature:
     signatures = [inspect.signature(vars(base)["forward"]) for base in kind.__mro__ if "forward" in vars(base)]
     kinds = {s: [p.kind for p in s.parameters.values()] for s in signatures}
     named = (s for s in signatures if inspect.Parameter.VAR_POSITIONAL not in kinds[s])
