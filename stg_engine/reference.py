@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stg_engine.config import Skip, STGConfig
 from stg_engine.hooks import is_installed, signature_of
 from stg_engine.models import modules_at, modules_in_blocks, spec_of
+from stg_engine.oracle import combined, from_x0, names_of, one_or_all
 
 
 def three_passes(
@@ -46,81 +47,14 @@ def three_passes(
     per_token = [token_sigmas] if isinstance(token_sigmas, Tensor) else token_sigmas
     levels = [sigma] * len(latents) if per_token is None else [sigmas[..., None] for sigmas in per_token]
     if step.is_zero:
-        zeros = [_from_x0(x.float() * 0, x.float(), level) for x, level in zip(latents, levels, strict=True)]
-        return _one_or_all([v.to(x.dtype) for v, x in zip(zeros, latents, strict=True)])
+        zeros = [from_x0(x.float() * 0, x.float(), level) for x, level in zip(latents, levels, strict=True)]
+        return one_or_all([v.to(x.dtype) for v, x in zip(zeros, latents, strict=True)])
     if step.guidance_scale is not None:
         guidance_scale, uncond = step.guidance_scale, uncond if step.guidance_scale > 1 else None
     run = passes_in_one_batch if one_batch else passes_one_by_one
     modality = step.modality_scale != 1
     branches = run(transformer, step.skips, shared, cond, uncond, config.weak_pass, modality=modality)
-    outputs = branches if isinstance(branches, tuple) else (branches,)
-    guided = []
-    for i, (of_output, x, level) in enumerate(zip(outputs, latents, levels, strict=True)):
-        audio = step.audio if i > 0 else None
-        scales = [skip.scale if audio is None or audio.scale is None else audio.scale for skip in step.skips]
-        g, mu, r = guidance_scale, step.modality_scale, step.rescale
-        if audio is not None:
-            g = g if audio.guidance_scale is None else audio.guidance_scale
-            mu = mu if audio.modality_scale is None else audio.modality_scale
-            r = r if audio.rescale is None else audio.rescale
-        guided.append(_combined(config, step.is_plain, of_output, scales, g, mu, r, x, level))
-    return _one_or_all(guided)
-
-
-def _combined(
-    config: STGConfig,
-    is_plain: bool,
-    branches: dict[str, Tensor],
-    scales: Sequence[float],
-    guidance_scale: float | Tensor,
-    modality_scale: float,
-    rescale: float,
-    x: Tensor,
-    level: Any,
-) -> Tensor:
-    """One output's branches, by the formula of `three_passes`."""
-    dtype = branches["cond"].dtype
-    if config.arithmetic == "float32":
-        branches = {name: p.to(torch.promote_types(dtype, torch.float32)) for name, p in branches.items()}
-    if config.space == "x0" and not is_plain:
-        x = x.to(branches["cond"].dtype)
-        branches = {name: x - level * p for name, p in branches.items()}
-    out = c = branches["cond"]
-    if "uncond" in branches:
-        u = branches["uncond"]
-        if config.cfg_star and not is_plain:
-            u = _per_video((c * u).flatten(1).sum(1) / (u.flatten(1).square().sum(1) + 1e-8), u) * u
-        out = u + guidance_scale * (c - u)
-    before = out if config.weak_pass == "negative_prompt" else c
-    for scale, name in zip(scales, _names(scales), strict=True):
-        if name in branches:
-            out = out + scale * (before - branches[name])
-    if "modality" in branches:
-        out = out + (modality_scale - 1) * (c - branches["modality"])
-    if rescale > 0 and config.rescale_over == "sample":
-        ratio = torch.stack([c_i.std() / out_i.std() for c_i, out_i in zip(c, out, strict=True)])
-        out = out * (rescale * _per_video(ratio, out) + (1 - rescale))
-    elif rescale > 0:
-        out = out * (rescale * c.std() / out.std() + (1 - rescale))
-    if config.space == "x0" and not is_plain:
-        out = _from_x0(out, x, level)
-    return out.to(dtype)
-
-
-def _one_or_all(values: Sequence[Any]) -> Any:
-    """What there is of each output: itself if there is one output, else a tuple."""
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def _per_video(numbers: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...], to multiply `like` with."""
-    return numbers.view(-1, *[1] * (like.ndim - 1))
-
-
-def _from_x0(clean: Tensor, x: Tensor, level: Any) -> Tensor:
-    """v of `x0 = x - sigma v`; tokens with sigma 0 do not move."""
-    v = (x - clean) / level
-    return torch.where(torch.isfinite(v), v, torch.zeros_like(v))
+    return combined(transformer, config, step, branches, {**shared, **cond}, guidance_scale, levels)
 
 
 def passes_one_by_one(
@@ -143,13 +77,13 @@ def passes_one_by_one(
     branches = {"cond": _outputs(transformer, shared, cond)}
     if uncond is not None:
         branches["uncond"] = _outputs(transformer, shared, uncond)
-    for name, skip in zip(_names(skips), skips, strict=True):
+    for name, skip in zip(names_of(skips), skips, strict=True):
         name, prompt = _weak(name, weak_pass, cond, uncond)
         with skipped(transformer, skip):
             branches[name] = _outputs(transformer, shared, prompt)
     if modality:
         branches["modality"] = _outputs(transformer, {**shared, "isolate_modalities": True}, cond)
-    return _one_or_all(
+    return one_or_all(
         [dict(zip(branches, predictions, strict=True)) for predictions in zip(*branches.values(), strict=True)]
     )
 
@@ -165,24 +99,48 @@ def passes_in_one_batch(
     modality: bool = False,
 ) -> Any:
     """The same predictions by one plain call on the rows of all branches."""
+    with one_batch_of_passes(transformer, skips, cond, uncond, weak_pass, modality=modality) as passes:
+        return passes(shared)
+
+
+@contextmanager
+def one_batch_of_passes(
+    transformer: nn.Module,
+    skips: Sequence[Skip],
+    cond: Mapping[str, Any],
+    uncond: Mapping[str, Any] | None,
+    weak_pass: str = "prompt",
+    *,
+    modality: bool = False,
+) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+    """While open, a function of `shared` that returns what `passes_in_one_batch` does, for many steps of one prompt.
+
+    The hooks stay on and the prompts are stacked once.
+    """
     _check_plain(transformer)
-    weak = [_weak(name, weak_pass, cond, uncond) for name in _names(skips)]
+    weak = [_weak(name, weak_pass, cond, uncond) for name in names_of(skips)]
     prompts = {"cond": cond, **({} if uncond is None else {"uncond": uncond}), **dict(weak)}
     if modality:
         prompts["modality"] = cond
-    call = dict(shared)
-    for name in spec_of(transformer).latents:
-        if isinstance(call.get(name), Tensor) and call[name].ndim > 0:
-            call[name] = torch.cat([call[name]] * len(prompts))
-    for name in cond:
-        call[name] = None if cond[name] is None else torch.cat([prompt[name] for prompt in prompts.values()])
+    stacked = {
+        name: None if value is None else torch.cat([prompt[name] for prompt in prompts.values()])
+        for name, value in cond.items()
+    }
+
+    def run(shared: Mapping[str, Any]) -> Any:
+        call = dict(shared)
+        for name in spec_of(transformer).latents:
+            if isinstance(call.get(name), Tensor) and call[name].ndim > 0:
+                call[name] = torch.cat([call[name]] * len(prompts))
+        outputs = _outputs(transformer, call, stacked)
+        return one_or_all([dict(zip(prompts, output.chunk(len(prompts)), strict=True)) for output in outputs])
+
     with ExitStack() as stack:
         for (name, _), skip in zip(weak, skips, strict=True):
             stack.enter_context(skipped(transformer, skip, list(prompts).index(name), len(prompts)))
         if modality:
             stack.enter_context(_isolated(transformer, list(prompts).index("modality"), len(prompts)))
-        outputs = _outputs(transformer, call)
-    return _one_or_all([dict(zip(prompts, output.chunk(len(prompts)), strict=True)) for output in outputs])
+        yield run
 
 
 def _outputs(transformer: nn.Module, *inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -284,10 +242,6 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     others = [name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
     arguments.pop(next(iter(signature.parameters)))  # self
     return {**arguments, **(arguments.pop(others[0], {}) if others else {})}
-
-
-def _names(skips: Sequence[Any]) -> list[str]:
-    return ["skip" if i == 0 else f"skip{i + 1}" for i in range(len(skips))]
 
 
 def _weak(name: str, weak_pass: str, cond: Mapping[str, Any], uncond: Any) -> tuple[str, Mapping[str, Any]]:

@@ -112,7 +112,7 @@ def read(path: Path, kind: type[R]) -> list[R]:
     with path.open(newline="") as file:
         lines = csv.DictReader(file)
         _check_names(path, kind, lines.fieldnames or ())
-        types = {field.name: str(field.type) for field in fields(kind)}
+        types = _types(kind)
         return [kind(**{name: _value(cell, types[name]) for name, cell in line.items()}) for line in lines]
 
 
@@ -191,8 +191,12 @@ def _value(cell: str, annotation: str) -> Any:
     return cell == "True" if kind == "bool" else {"float": float, "int": int, "str": str}[kind](cell)
 
 
+def _types(kind: type[Any]) -> dict[str, str]:
+    return {field.name: str(field.type) for field in fields(kind)}
+
+
 def _check_names(path: Path, kind: type[Any], names: Iterable[str]) -> None:
-    expected = {field.name for field in fields(kind)}
+    expected = set(_types(kind))
     if expected != set(names):
         missing, further = sorted(expected - set(names)), sorted(set(names) - expected)
         raise ValueError(f"{path} holds no {kind.__name__}s: missing fields {missing}, unknown fields {further}")
