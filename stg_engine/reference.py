@@ -82,10 +82,47 @@ def passes_one_by_one(
         with skipped(transformer, skip):
             branches[name] = _outputs(transformer, shared, prompt)
     if modality:
-        branches["modality"] = _outputs(transformer, {**shared, "isolate_modalities": True}, cond)
+        branches["modality"] = _outputs(transformer, shared, cond, {"isolate_modalities": True})
+    return _by_output(branches)
+
+
+def _by_output(branches: Mapping[str, Sequence[Tensor]]) -> Any:
     return one_or_all(
-        [dict(zip(branches, predictions, strict=True)) for predictions in zip(*branches.values(), strict=True)]
+        [dict(zip(branches, of_output, strict=True)) for of_output in zip(*branches.values(), strict=True)]
     )
+
+
+@contextmanager
+def passes_apart(
+    transformer: nn.Module,
+    twins: Sequence[nn.Module],
+    skips: Sequence[Skip],
+    cond: Mapping[str, Any],
+    uncond: Mapping[str, Any] | None,
+    weak_pass: str = "prompt",
+    *,
+    modality: bool = False,
+) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+    """While open, a function of `shared` that returns what `passes_one_by_one` does, for many steps of one prompt.
+
+    twins   a module on the same weights for each skip, on which its hooks stay
+    """
+    calls = {"cond": (transformer, cond), **({} if uncond is None else {"uncond": (transformer, uncond)})}
+    for name, twin in zip(names_of(skips), twins, strict=True):
+        name, prompt = _weak(name, weak_pass, cond, uncond)
+        calls[name] = twin, prompt
+    if modality:
+        calls["modality"] = transformer, {**cond, "isolate_modalities": True}
+
+    def run(shared: Mapping[str, Any]) -> Any:
+        return _by_output({name: _outputs(model, shared, prompt) for name, (model, prompt) in calls.items()})
+
+    with ExitStack() as stack:
+        for model in (transformer, *twins):
+            _check_plain(model)
+        for twin, skip in zip(twins, skips, strict=True):
+            stack.enter_context(skipped(twin, skip))
+        yield run
 
 
 def passes_in_one_batch(

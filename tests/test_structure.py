@@ -21,7 +21,7 @@ LAYERS = [
     {"rows"},
     {"models", "fused"},
     {"once", "runtime"},
-    {"inputs", "combine"},
+    {"inputs", "combine", "oracle"},
     {"denoiser", "reference"},
     {"report", "compare", "calls"},
     {"pipeline", "guider", "export"},
@@ -42,8 +42,20 @@ LAZY_UP = {("config", "presets")}  # STGConfig.preset("name")
 SHARED = {
     "models": {"base"},
     "calls": {"base"},
-    "bench": {"calls", "case", "cases", "cost", "count", "ladder", "layers", "record", "sweep", "timing"},
 }
+
+# Inside these folders, too, a file imports only from lines above its own.
+INSIDE = {
+    "bench": [
+        {"case", "record", "timing", "count"},
+        {"calls", "cost", "passes", "ladder", "layers"},
+        {"cases", "ceilings", "attention", "plots", "gate"},
+        {"variants", "sweep"},
+        {"run", "table", "sweep_output"},
+        {"command"},
+    ]
+}
+INSIDE_RANK = {folder: {n: i for i, names in enumerate(lines) for n in names} for folder, lines in INSIDE.items()}
 
 # Plain data: these may load nothing but the standard library and each other.
 STANDARD_LIBRARY_ONLY = {"schedule", "config", "conventions", "presets", "comfyui", "plan"}
@@ -126,6 +138,9 @@ def test_imports_point_down(path):
             assert lazy or RANK[other[0]] < RANK[own[0]], f"{'.'.join(own)} imports {'.'.join(other)}"
         elif own[-1] != "__init__" and len(other) > 1 and own[0] in SHARED:
             assert other[1] in SHARED[own[0]], f"{'.'.join(own)} imports its sibling {'.'.join(other)}"
+        elif own[-1] != "__init__" and len(other) > 1 and own[0] in INSIDE:
+            rank = INSIDE_RANK[own[0]]
+            assert rank[other[1]] < rank[own[1]], f"{'.'.join(own)} imports its sibling {'.'.join(other)}"
 
 
 @pytest.mark.parametrize("path", [path for path in ENGINE if _parts(path)[0] in STANDARD_LIBRARY_ONLY], ids=_id)
