@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from stg_engine.bench import command as bench_command
 from stg_engine.bench.sweep import add_arguments as add_sweep_arguments
 
 PROG = "stg-engine"
@@ -63,6 +64,10 @@ def _plan(args: argparse.Namespace) -> None:
     print(f"{model.name}: {model.spec.family}, {model.num_layers} blocks\n{setting}\n\n{plan}")
 
 
+def _bench(args: argparse.Namespace) -> None:
+    bench_command.bench(_typed(bench_command.BenchRequest, args))
+
+
 def _sweep(args: argparse.Namespace) -> None:
     from stg_engine.bench import sweep_output
     from stg_engine.bench.sweep import SweepRequest, sweep
@@ -106,7 +111,7 @@ class _Version(argparse.Action):
 def _parser() -> _Parser:
     parser = _Parser(prog=PROG, description="Video generation with Spatiotemporal Skip Guidance.", allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,plan,sweep,env}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{generate,plan,bench,sweep,env}")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> _Parser:
         added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
@@ -121,6 +126,9 @@ def _parser() -> _Parser:
         "plan", _plan, "print which branches have rows at which block and what a step costs; loads no weights"
     )
     _add_setting(plan)
+    bench_command.add_arguments(
+        command("bench", _bench, "measure what a guided step costs, against what could be used instead")
+    )
     add_sweep_arguments(command("sweep", _sweep, "what each layer's skip costs, changes and does to clips, as CSV"))
     command("env", _env, "print what a bug report needs")
     return parser

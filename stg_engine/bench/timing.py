@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from statistics import quantiles
 from typing import Any
 
@@ -17,6 +18,14 @@ L2_BYTES = 64 * 2**20
 """Where a device does not say how large its cache is."""
 ATTENTION = ("attention", "attn", "fmha", "flash", "sdpa", "cudnn_generated")
 """What names of attention kernels hold, in any case of letters."""
+
+
+class Raised(RuntimeError):
+    """The function `name` raised; its exception is the cause."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} raised")
+        self.name = name
 
 
 def interleaved(
@@ -34,10 +43,11 @@ def interleaved(
     machine that slows down slows all of them; each round begins one further, so that none stands always first, and
     every other round goes backwards, so that none follows always the same one. A sample is the time between two CUDA
     events, on a CPU that of the clock. `cold_l2` overwrites the cache before each, outside of it. Python's garbage
-    collector rests. `on_progress` is called with the name behind each sample.
+    collector rests. `on_progress` is called with the name behind each sample. `Raised` names a function that raises.
     """
+    named = {name: partial(_named, name, function) for name, function in functions.items()}
     flush = _flush(device) if cold_l2 else None
-    for function in functions.values():
+    for function in named.values():
         start = time.perf_counter()
         while True:
             function()
@@ -50,9 +60,16 @@ def interleaved(
             for name in turns(list(functions), number):
                 if flush is not None:
                     flush()
-                samples[name].append(seconds(functions[name], device))
+                samples[name].append(seconds(named[name], device))
                 on_progress(name)
     return samples
+
+
+def _named(name: str, function: Call) -> None:
+    try:
+        function()
+    except Exception as error:
+        raise Raised(name) from error
 
 
 def turns(names: list[str], number: int) -> list[str]:
