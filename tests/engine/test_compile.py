@@ -291,6 +291,32 @@ def test_hooks_are_back_after_an_error(monkeypatch):
         assert state(model) == hooked
 
 
+def test_arguments_come_in_one_layout_and_stay_as_they_were():
+    whole = torch.randn(3, 1, 4)
+    before = set(dir(whole))
+    for rows in (whole, whole[:2], whole[1:], whole[2:]):
+        same = regional._alike(rows)
+        assert torch.equal(same, rows)
+        assert (same.data_ptr(), same.stride(), same.storage_offset()) == (rows.data_ptr(), (4, 4, 1), 0)
+        assert same._base is None
+    assert set(dir(whole)) == before
+    assert torch.equal(regional._alike(whole[:1].expand(3, 1, 4)), whole[:1].repeat(3, 1, 1))
+
+
+def test_what_all_rows_have_in_common_is_copied_once_per_step(monkeypatch):
+    """Not in front of every block."""
+    seen, alike = [], regional._alike
+
+    def spy(value):
+        seen.extend(value if isinstance(value, tuple) else (value,))
+        return alike(value)
+
+    monkeypatch.setattr(regional, "_alike", spy)
+    branches(tiny_transformer(), tiny_inputs(), STGConfig(layers=(2,)))
+    assert seen
+    assert all(value is None or value.is_contiguous() for value in seen)
+
+
 @pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead", "", True])
 def test_modes_that_are_not_allowed(mode):
     with pytest.raises(ValueError, match=r"compile=.* is not allowed; choose None or one of 'default', 'max-auto"):
