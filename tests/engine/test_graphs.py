@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
 from engine.tape import TapeCapture
 from engine.tiny import tiny_inputs, tiny_transformer
@@ -365,6 +366,15 @@ def test_a_parameter_of_one_element_is_compared_by_identity():
     with Denoiser(model, CONFIG, graph=True) as denoiser:
         denoiser(*inputs, guidance_scale=3.0)
         model.one = torch.nn.Parameter(torch.ones(1))
+        denoiser(*inputs, guidance_scale=3.0)
+        assert counts(denoiser) == (2, 0)
+
+
+def test_a_backend_chosen_for_one_processor():
+    model, inputs = tiny_transformer(), tiny_inputs(1)
+    with Denoiser(model, CONFIG, graph=True) as denoiser:
+        denoiser(*inputs, guidance_scale=3.0)
+        model.transformer_blocks[1].attn1.processor._attention_backend = AttentionBackendName._NATIVE_MATH
         denoiser(*inputs, guidance_scale=3.0)
         assert counts(denoiser) == (2, 0)
 
