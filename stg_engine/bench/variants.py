@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -48,8 +49,10 @@ def _best_attention(
             _fastest[key] = attention.fastest(transformer, lambda: step.branches()["cond"], sample.device)
         chosen = _fastest[key]
         context = stack.enter_context(chosen.on(transformer))
+        blocks = "modules"
         if mode is not None:
-            stack.enter_context(_compiled(transformer, mode))
+            count = stack.enter_context(_compiled(transformer, mode))
+            blocks = f"modules, torch.compile ({mode}) in {count} blocks"
 
         def within(call: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> Any:
@@ -58,21 +61,38 @@ def _best_attention(
 
             return run
 
-        blocks = "modules" if mode is None else f"modules, torch.compile of blocks, mode={mode!r}"
         yield Step(within(step.guided), within(step.branches), None, lambda: (blocks, str(chosen)))
 
 
 @contextmanager
-def _compiled(transformer: nn.Module, mode: str) -> Iterator[None]:
-    """While open, the forward of every block is compiled. A hook of the block itself, which skips it, stays outside."""
-    blocks = spec_of(transformer).block_list(transformer)
+def _compiled(transformer: nn.Module, mode: str) -> Iterator[int]:
+    """While open, the forwards of blocks are compiled, one function per class. Yields of how many blocks.
+
+    A hook of the block itself, which skips it, stays outside. Dynamo does not look at hooks inside when it reuses code:
+    blocks in which attention is skipped run as they are; hooks that cut modalities are in every block alike.
+    """
+    blocks = [block for block in spec_of(transformer).block_list(transformer) if not _skips_inside(block)]
+    functions = {kind: _own_function(kind, mode) for kind in {type(block) for block in blocks}}
     for block in blocks:
-        block.forward = torch.compile(block.forward, mode=None if mode == "default" else mode)
+        block.forward = MethodType(functions[type(block)], block)
     try:
-        yield
+        yield len(blocks)
     finally:
         for block in blocks:
             del block.forward
+
+
+def _skips_inside(block: nn.Module) -> bool:
+    return any(module._forward_hooks_with_kwargs for module in block.modules() if module is not block)
+
+
+def _own_function(kind: type[nn.Module], mode: str) -> Any:
+    """The class's forward, compiled: with code of its own, as Dynamo keeps what it compiled by code."""
+    forward: Any = kind.forward
+    code, further = forward.__code__.replace(), (forward.__name__, forward.__defaults__, forward.__closure__)
+    own = FunctionType(code, forward.__globals__, *further)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return torch.compile(own, mode=None if mode == "default" else mode)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from statistics import median
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from bench.tiny_case import install, tiny_case
 from engine.tiny import tiny_inputs, tiny_transformer
-from models.families import wan
+from models.families import ltx2, wan
 
 from stg_engine import Denoiser, guidance
 from stg_engine.bench import gate, passes, run, timing, variants
@@ -195,6 +196,36 @@ def test_a_result_that_goes_wrong_later_is_red(case):
     assert "PARITY GATE RED" in measured.without["stale"]
 
 
+@pytest.mark.parametrize("mode", ["residual", "attention"])
+def test_compiled_passes_skip_what_eager_ones_skip(case, monkeypatch, mode):
+    compiled, compile = [], torch.compile
+
+    def by_eager(function, mode):
+        compiled.append((function.__qualname__, mode))
+        return compile(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", by_eager)
+    (row,) = measure(tiny_case(mode=mode), "compiled-passes").rows
+    assert compiled == [("LTXVideoTransformerBlock.forward", None)]
+    assert row.kernels == f"modules, torch.compile (default) in {4 if mode == 'residual' else 3} blocks"
+    assert (row.block_rows, row.attention) == (12, "diffusers native")
+
+
+def test_compiled_passes_of_two_outputs(case, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode: compile(function, backend="eager"))
+    inputs = partial(ltx2.inputs, "LTX-2", 1)
+    config = {"mode": "attention", "modality_scale": 3.0}
+    two = replace(
+        tiny_case(**config),
+        build=lambda: ltx2.model("LTX-2", torch.get_default_dtype()),
+        inputs=lambda device, dtype: inputs(dtype),
+    )
+    measured = measure(two, "batched-passes", "compiled-passes", "sequential-passes", "engine")
+    assert measured.red == []
+    assert [row.block_rows for row in measured.rows] == [16, 16, 16, 14]
+
+
 def test_nothing_is_judged_without_a_budget(case):
     silent = tiny_case(layers=(2,))
 
@@ -293,3 +324,21 @@ def test_steps_of_two_outputs_are_gated_by_each():
     judge.check(step(video, audio * (1 + 1e-6)))
     with pytest.raises(gate.GateFailure, match=r"error of output 1 1\.0"):
         judge.check(step(video, audio * 1.01))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["residual", "attention"])
+def test_all_variants_on_a_gpu(case, mode):
+    device = torch.device("cuda")
+
+    def inputs(_, dtype):
+        groups = tiny_inputs(dtype=dtype)
+        return tuple({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in g.items()} for g in groups)
+
+    on_gpu = replace(tiny_case(mode=mode), inputs=inputs, build=lambda: tiny_transformer(dtype=torch.bfloat16).cuda())
+    measured = run.measure(on_gpu, variants.default(device), device, torch.bfloat16, run="a", repeats=3)
+    assert measured.red == []
+    assert {row.variant for row in measured.rows} | set(measured.without) == set(variants.VARIANTS)
+    for row in measured.rows:
+        assert row.peak_bytes > 0
+        assert row.launches > 0
