@@ -393,7 +393,7 @@ def test_help_and_errors_are_fast_and_light():
         [sys.executable, "-m", "stg_engine", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0
-    assert "{generate,plan,env}" in done.stdout
+    assert "{generate,plan,bench,sweep,env}" in done.stdout
 
 
 TELL_WHEN_STEPPING = """
