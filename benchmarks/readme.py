@@ -13,6 +13,8 @@ from pathlib import Path
 
 from benchmarks import plots, record, speed
 from stg_engine import Plan, Skip, STGConfig
+from stg_engine.bench import sweep_output
+from stg_engine.bench.sweep import SweepRow
 from stg_engine.calls import PIPELINES
 from stg_engine.config import StepGuidance
 from stg_engine.conventions import CONVENTIONS
@@ -185,6 +187,10 @@ def conventions_table() -> str:
     return "\n".join(lines)
 
 
+def sweep_table() -> str:
+    return f"```\n{sweep_output.table(record.read(record.RESULTS / 'sweep.csv', SweepRow))}\n```"
+
+
 PARTS = {
     "support": support_table,
     "plan": plan_picture,
@@ -193,6 +199,7 @@ PARTS = {
     "goals": goals_part,
     "ops": ops_table,
     "attention": attention_table,
+    "sweep": sweep_table,
 }
 MODELS_PARTS = {"presets": presets_table, "conventions": conventions_table}
 PAGES = {ROOT / "README.md": PARTS, ROOT / "docs/models.md": MODELS_PARTS}
