@@ -34,10 +34,16 @@ def test_a_ratio_is_of_one_run_and_the_newest():
 
 
 def test_sharing_efficiency_is_the_ratio_over_the_block_rows():
-    unshared, shared = step_row("engine-unshared", seconds=84.0), step_row("engine-shared", seconds=80.0)
+    unshared, shared = step_row("engine-unshared", seconds=83.0), step_row("engine-shared", seconds=80.0)
     assert Ladder((unshared, shared)).sharing_efficiency == pytest.approx(64 / 80)
     assert Ladder((unshared, replace(shared, run="two"))).sharing_efficiency is None
-    assert Ladder((unshared, shared)).bound == 84 / 64
+
+
+def test_the_bound_is_over_plain_passes_which_compute_what_they_skip():
+    cfg, batched, unshared, shared = map(step_row, ("cfg", "batched-passes", "engine-unshared", "engine-shared"))
+    assert Ladder((cfg, batched, unshared, shared)).bound == 84 / 64
+    assert Ladder((cfg, unshared, shared)).bound is None
+    assert Ladder((batched, unshared)).bound is None
 
 
 def test_the_best_is_exact_and_measured_beside_batched_passes():
