@@ -259,12 +259,14 @@ def _gates(
     case: Case, transformer: nn.Module, inputs: AllInputs, dtype: torch.dtype, has_cfg: bool
 ) -> dict[bool, Gate]:
     """The case's gate, and under True that of its CFG alone."""
+    spec, given = spec_of(transformer), {**inputs[0], **inputs[1]}
+    latents = [given[name] for name in spec.velocity_of or spec.latents[:1]]
     exact, exact_cfg = passes.exact_steps(case, transformer, inputs, dtype)
     with passes.one_by_one(case, transformer, inputs) as plain:
-        gates = {False: Gate.of(exact, plain)}
+        gates = {False: Gate.of(exact, plain, latents)}
     if has_cfg:
         with passes.one_by_one(case, transformer, inputs, stg=False) as plain:
-            gates[True] = Gate.of(exact_cfg, plain)
+            gates[True] = Gate.of(exact_cfg, plain, latents)
     return gates
 
 

@@ -196,6 +196,32 @@ def test_a_result_that_goes_wrong_later_is_red(case):
     assert "PARITY GATE RED" in measured.without["stale"]
 
 
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_a_result_that_is_kept_is_red(case, is_exact):
+    def change(step):
+        kept = []
+
+        def guided():
+            kept.append(step.guided() if not kept else kept[0])
+            return kept[0]
+
+        return replace(step, guided=guided)
+
+    measured = measure(case, ways=[made_up("kept", change, is_exact), *variants.find(["cfg", "engine"])])
+    assert [row.variant for row in measured.rows] == ["cfg", "engine"]
+    assert measured.without["kept"] == "PARITY GATE RED: output 0 does not follow the latents"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda x: x.double(), "output 0 is torch.float64"), (lambda x: x[..., None], "error of output 0 inf")],
+    ids=["dtype", "shape"],
+)
+def test_another_dtype_or_shape_is_red(case, change, message):
+    wrong = made_up("wrong", lambda step: replace(step, guided=lambda: change(step.guided())))
+    assert message in measure(case, ways=[wrong]).without["wrong"]
+
+
 @pytest.mark.parametrize("mode", ["residual", "attention"])
 def test_compiled_passes_skip_what_eager_ones_skip(case, monkeypatch, mode):
     compiled, compile = [], torch.compile
