@@ -157,6 +157,7 @@ class _Files:
 
         self.record = record
         self.rows: list[StepRow] = []
+        self.is_drawn = False
         self.run = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
         self.json, self.csv, self.plot = (_file(request, name) for name in ("json", "csv", "plot"))
         if os.environ.get("STG_ATTENTION"):
@@ -186,16 +187,17 @@ class _Files:
     def draw(self) -> None:
         if self.plot is not None and self.rows:
             self.write(self.rows, self.plot)
+            self.is_drawn = True
 
     @property
     def written(self) -> str:
         """In words."""
         cases = dict.fromkeys(row.case for row in self.rows)
-        if not cases or (self.csv is None and self.json is None):
-            return f"{len(self.rows)} rows measured, nothing was written"
         where = " and ".join(str(path) for path in (self.csv, self.json) if path is not None)
-        plot = f"; {self.plot}" if self.plot is not None and self.plot.exists() else ""
-        return f"{len(self.rows)} rows of {', '.join(cases)} are in {where}{plot}"
+        files = "; ".join(filter(None, (where, str(self.plot) if self.is_drawn else "")))
+        if not cases or not files:
+            return f"{len(self.rows)} rows measured, nothing was written"
+        return f"{len(self.rows)} rows of {', '.join(cases)} are in {files}"
 
 
 def _file(request: BenchRequest, name: str) -> Path | None:

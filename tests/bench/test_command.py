@@ -99,6 +99,16 @@ def test_an_interrupt_leaves_whole_files(case, monkeypatch, tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_plot_is_named_if_this_run_drew_it(case, monkeypatch, tmp_path, capsys):
+    plot = tmp_path / "a.svg"
+    options = ("--case", "tiny", "--baselines", "batched-passes", "--plot", str(plot))
+    assert run(*options) == 0
+    assert capsys.readouterr().out.endswith(f"1 rows of tiny are in {plot}\n")
+    monkeypatch.setattr(command._Files, "draw", lambda files: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(*options) == 130
+    assert capsys.readouterr().err.endswith("interrupted; 1 rows measured, nothing was written\n")
+
+
 def test_a_case_without_memory_is_said_and_others_go_on(case, monkeypatch, capsys):
     measure = command._measure
 
