@@ -6,7 +6,8 @@ import csv
 import json
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,17 +93,19 @@ class StepRow:
 
 
 def append(path: Path, rows: Sequence[Any]) -> None:
-    """Add rows, dataclasses of one kind, to a CSV file; None is an empty cell. The file is replaced whole."""
+    """Add rows, dataclasses of one kind, to a CSV file; None is an empty cell. The file is replaced whole.
+
+    Processes that add to files of one folder wait for each other, so that none loses another's rows.
+    """
     if not rows:
         return
     kind = type(rows[0])
-    lines = [asdict(row) for row in (*read(path, kind), *rows)]
-    temporary = _temporary(path)
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: _cell(value) for name, value in line.items()} for line in lines)
-    temporary.replace(path)
+    with _alone_in(path.absolute().parent):
+        lines = [asdict(row) for row in (*read(path, kind), *rows)]
+        with _whole(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({name: _cell(value) for name, value in line.items()} for line in lines)
 
 
 def read(path: Path, kind: type[R]) -> list[R]:
@@ -118,9 +121,8 @@ def read(path: Path, kind: type[R]) -> list[R]:
 
 def to_json(path: Path, rows: Iterable[Any]) -> None:
     """Write rows, dataclasses of one kind, as a JSON list of objects. The file is replaced whole."""
-    temporary = _temporary(path)
-    temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    temporary.replace(path)
+    with _whole(path) as temporary:
+        temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def from_json(path: Path, kind: type[R]) -> list[R]:
@@ -176,8 +178,30 @@ def _processor() -> str:
     return f"{env.processor()}, {os.cpu_count()}{CORES}"
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of `path`; gone if that raises."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _cell(value: Any) -> Any:

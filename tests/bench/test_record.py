@@ -2,8 +2,10 @@
 
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -43,6 +45,22 @@ def test_a_write_that_fails_leaves_the_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         record.append(path, [EMPTY])
     assert record.read(path, StepRow) == [ROW]
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_two_that_append_lose_no_rows(tmp_path, monkeypatch):
+    path, read = tmp_path / "steps.csv", record.read
+    rows = [[replace(ROW, run=f"{part} {i}") for i in range(3)] for part in "ab"]
+
+    def read_slowly(*arguments):
+        found = read(*arguments)
+        sleep(0.05)
+        return found
+
+    monkeypatch.setattr(record, "read", read_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda part: [record.append(path, [row]) for row in part], rows))
+    assert sorted(row.run for row in read(path, StepRow)) == sorted(row.run for part in rows for row in part)
 
 
 def test_files_of_something_else_are_named(tmp_path):
