@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -202,7 +202,7 @@ class Graphs:
             statics = [torch.empty_like(tensor) for tensor in tensors]
         _write(statics, tensors)
         call = partial(function, *_filled(inputs, device, iter(statics)))
-        with self.memo.paused():
+        with self.memo.paused(), _casting_anew():
             answer = _copies(self._backend.warm_up(call))
             if has_lengths is not None:
                 self._refuse_waiting(has_lengths)
@@ -309,6 +309,17 @@ def _filled(value: Any, device: torch.device, statics: Iterator[Tensor]) -> Any:
 def _write(statics: list[Tensor], values: list[Tensor]) -> None:
     if statics:
         torch._foreach_copy_(statics, values, non_blocking=True)
+
+
+@contextmanager
+def _casting_anew() -> Iterator[None]:
+    """Autocast casts weights in the graph: those that it keeps are gone with the user's `torch.autocast`."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _copies(outputs: Any) -> Any:

@@ -392,6 +392,21 @@ def test_settings_of_the_process(monkeypatch):
         assert counts(denoiser) == (3, 1)
 
 
+def test_casts_of_autocast_are_in_the_graph():
+    """Those that autocast keeps are gone behind it, and say nothing of a weight that is written later."""
+    model, changed, inputs = tiny_transformer(), tiny_transformer(), tiny_inputs(1)
+    with Denoiser(model, CONFIG, graph=True) as denoiser:
+        for scale in (1.0, 3.0):
+            for each in (model, changed):
+                each.transformer_blocks[1].ff.net[2].weight.mul_(scale)
+            with torch.autocast("cpu", torch.bfloat16):
+                result = denoiser(*inputs, guidance_scale=3.0)
+                assert torch.is_autocast_cache_enabled()
+        assert counts(denoiser) == (1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(result, eager(changed, inputs))
+
+
 def test_what_ran_is_said_of_replays():
     inputs = tiny_inputs(1)
     with tiny() as denoiser:
