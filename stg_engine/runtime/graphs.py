@@ -182,7 +182,8 @@ class Graphs:
             return function(*inputs)
         tensors: list[Tensor] = []
         key = (kind, _key(inputs, device, tensors, "inputs"), surroundings(device))
-        if self._backend is None:
+        if self._backend is None or self._backend.device != device:
+            self.clear()
             self._backend = CudaCapture(device)
         self._backend.begin()
         graph = self._graphs.get(key)

@@ -80,6 +80,7 @@ class TapeCapture:
     made: ClassVar[list[TapeCapture]] = []
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.tapes: list[Tape] = []
         self.warm_ups = self.replays = 0
         self.made.append(self)

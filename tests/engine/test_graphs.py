@@ -407,6 +407,17 @@ def test_casts_of_autocast_are_in_the_graph():
         assert torch.equal(result, eager(changed, inputs))
 
 
+def test_another_device_has_its_own_captures(monkeypatch, tapes):
+    """Work that runs on another device than the capture's stream is in no graph."""
+    inputs = tiny_inputs(1)
+    with tiny() as denoiser:
+        denoiser(*inputs, guidance_scale=3.0)
+        monkeypatch.setattr(denoiser.graphs, "_check", lambda _: torch.device("cpu", 0))
+        denoiser(*inputs, guidance_scale=3.0)
+        assert [capture.device for capture in tapes] == [torch.device("cpu"), torch.device("cpu", 0)]
+        assert len(denoiser.graphs) == 1
+
+
 def test_what_ran_is_said_of_replays():
     inputs = tiny_inputs(1)
     with tiny() as denoiser:
