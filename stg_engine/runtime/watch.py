@@ -63,10 +63,10 @@ def surroundings(device: torch.device) -> Hashable:
     dispatch = sys.modules.get("stg_kernels.attention.dispatch")
     return (
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
+        (cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision),  # older names of them raise
         cuda.matmul.allow_bf16_reduced_precision_reduction,
         cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_fp16_accumulation,
         torch.are_deterministic_algorithms_enabled(),
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
         (*torch._C._get_sdp_priority_order(),),

@@ -418,6 +418,21 @@ def test_another_device_has_its_own_captures(monkeypatch, tapes):
         assert len(denoiser.graphs) == 1
 
 
+@pytest.mark.parametrize(
+    ("backend", "precision"), [(torch.backends.cuda.matmul, "tf32"), (torch.backends.cudnn.conv, "ieee")]
+)
+def test_precisions_by_their_newer_names(backend, precision):
+    inputs, before = tiny_inputs(1), backend.fp32_precision
+    with tiny() as denoiser:
+        denoiser(*inputs, guidance_scale=3.0)
+        try:
+            backend.fp32_precision = precision
+            denoiser(*inputs, guidance_scale=3.0)
+        finally:
+            backend.fp32_precision = before
+        assert counts(denoiser) == (2, 0)
+
+
 def test_what_ran_is_said_of_replays():
     inputs = tiny_inputs(1)
     with tiny() as denoiser:
