@@ -37,16 +37,21 @@ class Watch:
         self._memory = [
             plain for value in (*self._tensors, *of_modules) if value is not None for plain in _plain(value)
         ]
-        self._addresses = self._where()
+        self._addresses, self._layouts = self._where(), self._how()
 
     def is_in_place(self) -> bool:
         """True if every tensor has the address that it had; false behind an offloading or `module.to(...)`."""
         return self._where() == self._addresses
 
     def is_unchanged(self) -> bool:
-        """True if every module has the attributes, parameters, buffers, hooks and processors that it had."""
+        """True if every module has the attributes, parameters, buffers, hooks and processors that it had.
+
+        A tensor with another layout in the same memory is another one.
+        """
         now = [tensor for store in self._stores for tensor in store.values()]
         if len(now) != len(self._tensors) or not all(map(operator.is_, now, self._tensors)):
+            return False
+        if self._how() != self._layouts:
             return False
         try:
             return all(map(operator.eq, self._states, self._then))
@@ -55,6 +60,9 @@ class Watch:
 
     def _where(self) -> list[int]:
         return [*map(Tensor.data_ptr, self._memory)]
+
+    def _how(self) -> list[Hashable]:
+        return [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in self._memory]
 
 
 def surroundings(device: torch.device) -> Hashable:
