@@ -79,6 +79,7 @@ def surroundings(device: torch.device) -> Hashable:
         (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
         (*torch._C._get_sdp_priority_order(),),
         _AttentionBackendRegistry.get_active_backend()[0],
+        torch.nn.functional.scaled_dot_product_attention,  # attention libraries put their own in its place
         os.environ.get("STG_ATTENTION"),
         (False, 0) if dispatch is None else dispatch.state(),
         (*torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks),

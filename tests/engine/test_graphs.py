@@ -400,6 +400,16 @@ def test_settings_of_the_process(monkeypatch):
         assert counts(denoiser) == (3, 1)
 
 
+def test_another_function_in_the_place_of_torchs_attention(monkeypatch):
+    inputs, own = tiny_inputs(1), torch.nn.functional.scaled_dot_product_attention
+    with tiny(kernels="off") as denoiser:
+        denoiser(*inputs, guidance_scale=3.0)
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: 2 * own(*a, **k))
+        result = denoiser(*inputs, guidance_scale=3.0)
+        assert counts(denoiser) == (2, 0)
+    assert torch.equal(result, eager(tiny_transformer(), inputs, kernels="off"))
+
+
 def test_casts_of_autocast_are_in_the_graph():
     """Those that autocast keeps are gone behind it, and say nothing of a weight that is written later."""
     model, changed, inputs = tiny_transformer(), tiny_transformer(), tiny_inputs(1)
