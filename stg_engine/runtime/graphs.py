@@ -303,7 +303,8 @@ def _filled(value: Any, device: torch.device, statics: Iterator[Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {name: _filled(item, device, statics) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_filled(item, device, statics) for item in value)
+        items = [_filled(item, device, statics) for item in value]
+        return getattr(type(value), "_make", type(value))(items)  # a named tuple takes them one by one
     return value
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
@@ -557,6 +558,14 @@ def test_an_argument_that_may_change_unseen_is_refused():
         pytest.raises(ValueError, match=r"inputs\[0\]\['attention_kwargs'\]\['what'\] is a object"),
     ):
         denoiser(shared, cond, uncond, guidance_scale=3.0)
+
+
+def test_named_tuples():
+    shared, cond, uncond = tiny_inputs(1)
+    scale = namedtuple("Scale", ("frames", "height", "width"))(8 / 25, 32, 32)
+    inputs = {**shared, "rope_interpolation_scale": scale}, cond, uncond
+    with tiny() as denoiser:
+        assert torch.equal(denoiser(*inputs, guidance_scale=3.0), eager(tiny_transformer(), inputs))
 
 
 def test_tensors_elsewhere_are_constants():
