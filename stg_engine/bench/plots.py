@@ -264,7 +264,10 @@ def _draw_bars(axes: Axes, panel: _Panel, quartiles: Callable[[StepRow], Quartil
         error = ([middle - low], [high - middle]) if high > low else None
         hatch = None if panel.is_exact else "//"
         axes.barh(place, middle, 0.7, xerr=error, hatch=hatch, error_kw={"ecolor": INK, "elinewidth": 1}, **style)
-    axes.set_yticks(range(len(panel.rows)), [row.variant for row in panel.rows])
+    # Seconds of two runs are no ratio: bars beside which the batched passes were not measured say so.
+    run = panel.ladder.newest.get(BATCHED, row).run
+    names = [row.variant if row.run == run else f"{row.variant} (other run)" for row in panel.rows]
+    axes.set_yticks(range(len(panel.rows)), names)
     axes.set_ylim(len(panel.rows) - 0.4, -0.6)
     axes.set_xlim(0, 1.05 * max(high for _, _, high in filter(None, map(quartiles, panel.everything))))
     axes.tick_params(axis="y", length=0)

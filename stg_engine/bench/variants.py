@@ -218,7 +218,7 @@ VARIANTS: dict[str, Variant] = {
         _make(UNSHARED, "engine, nothing shared", _anywhere, _engine, share=False, kernels="off"),
         _make(SHARED, "and rows shared", _anywhere, _engine, kernels="off"),
         _make("engine-kernels", "and fused kernels", _anywhere, _engine, pinned="sdpa"),
-        _make("engine", "and attention dispatch: the default", _anywhere, _engine),
+        _make("engine", "and attention dispatch, after stg_engine.tuning", _anywhere, _engine),
         _make("engine-graph", "and a CUDA graph", _needs_cuda, _engine, graph=True),
         _make("engine-compiled", "rows shared, torch.compile", _anywhere, _engine, kernels="off", compile="default"),
         _make(
@@ -230,7 +230,7 @@ VARIANTS: dict[str, Variant] = {
             compile="default",
             graph=True,
         ),
-        _make("engine-serial", "the default, row by row", _anywhere, _engine, execution="serial"),
+        _make("engine-serial", "the same, row by row", _anywhere, _engine, execution="serial"),
         _make(
             "float8-engine",
             "engine-compiled in float8",

@@ -42,6 +42,7 @@ def test_waterfall_says_speed_up_and_bound():
 def test_waterfall_compares_only_within_a_run():
     (axes,) = plots.waterfall([step_row("batched-passes"), step_row("engine", run="two")]).axes
     assert texts(axes) == ["1.00x", ""]
+    assert list(bars(axes)) == ["batched-passes", "engine (other run)"]
 
 
 def test_error_bars_are_the_quartiles():
