@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks import record
 from benchmarks.shapes import SHAPES
 from stg_engine.bench.case import Case
@@ -39,9 +41,12 @@ def steps(out: Path, repeats: int = REPEATS) -> dict[str, list[str]]:
         return case.kind == "true", case.name not in FIRST, case.tokens
 
     shapes = {shape.model.split(",")[0]: shape.model.split(",")[0].lower().replace(" ", "-") for shape in SHAPES}
-    ops = ["-m", "benchmarks.ops", "--device", "cuda", "--compile", "--out", str(out / "ops.csv"), "--models"]
-    attention = ["-m", "benchmarks.attention", "--rows", "1", "2", "3", "--out", str(out / "attention.csv"), "--models"]
-    bench = ["-m", "stg_engine", "bench", "--csv", str(out / "steps.csv"), "--repeats", str(repeats), "--case"]
+    cuda = ["--device", "cuda"]
+    ops = ["-m", "benchmarks.ops", *cuda, "--compile", "--out", str(out / "ops.csv"), "--models"]
+    rows, into = ["--rows", "1", "2", "3"], ["--out", str(out / "attention.csv")]
+    attention = ["-m", "benchmarks.attention", *cuda, *rows, *into, "--models"]
+    into = ["--csv", str(out / "steps.csv"), "--repeats", str(repeats)]
+    bench = ["-m", "stg_engine", "bench", *cuda, *into, "--case"]
     cases = sorted((case for case in CASES.values() if case.kind != "cpu"), key=size)
     return {
         "tests": ["-m", "pytest", "-q", "-m", "gpu"],
@@ -109,6 +114,8 @@ def main() -> int:
     parser.add_argument("steps", nargs="*", help="only these, or all whose name begins so (default: all)")
     options = parser.parse_args()
     if options.keep is not None:
+        if not any((options.keep / name).is_file() for name in KINDS):
+            parser.error(f"--keep: {options.keep} holds none of {', '.join(KINDS)}")
         keep(options.keep)
         return 0
     commands = steps(options.out, options.repeats)
@@ -118,6 +125,8 @@ def main() -> int:
     if options.list:
         print(*chosen, sep="\n")
         return 0
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; `make bench` measures on a CPU")
     options.out.mkdir(parents=True, exist_ok=True)
     states = run(options.out, commands, chosen, 60 * options.minutes)
     for state in ("failed", "left"):

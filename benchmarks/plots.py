@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=record.STEPS, help="rows of `stg-engine bench`")
     parser.add_argument("--out", type=Path, default=IMAGES, help="folder of the pictures")
     options = parser.parse_args()
+    if not options.csv.is_file():
+        parser.error(f"--csv: there is no file {options.csv}")
     draw(record.read(options.csv, StepRow), options.out)
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 from bench.made_up import step_row
 
-from benchmarks import gpu, record
+from benchmarks import gpu, plots, record
 from stg_engine.bench.ladder import BATCHED, ORDER, SHARED, UNSHARED
 
 
@@ -13,6 +13,7 @@ from stg_engine.bench.ladder import BATCHED, ORDER, SHARED, UNSHARED
 def commands(monkeypatch):
     """Steps in place of the real ones: {name: a line of Python}."""
     lines = {}
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "steps", lambda out, repeats: {name: ["-c", line] for name, line in lines.items()})
     return lines
 
@@ -80,3 +81,31 @@ def test_rows_are_kept_once(tmp_path, monkeypatch):
     for _ in range(2):
         assert call(monkeypatch, "--keep", out) == 0
     assert [row.variant for row in record.read(results / "steps.csv", record.StepRow)] == ["cfg", "engine"]
+
+
+def test_without_a_cuda_device_nothing_is_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "run", lambda *_: pytest.fail("a step was run"))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "no CUDA device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert all("cuda" in arguments for name, arguments in gpu.steps(tmp_path).items() if name != "tests")
+
+
+def test_a_folder_without_rows_is_not_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--keep", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main()
+    assert "holds none of ops.csv" in capsys.readouterr().err
+
+
+def test_no_picture_is_taken_away_for_a_file_that_is_missing(tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "waterfall.svg"
+    picture.write_text("")
+    monkeypatch.setattr(sys, "argv", ["plots", "--csv", str(tmp_path / "no.csv"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        plots.main()
+    assert "there is no file" in capsys.readouterr().err
+    assert picture.exists()
