@@ -105,8 +105,8 @@ def over_tokens(rows: Sequence[StepRow]) -> Figure:
         axes.axhline(1, color=INK, linewidth=0.8, linestyle="--")
         axes.set(xscale="log", yscale="log", ylabel="times the ideal step")
         axes.set_title(f"{device}, {dtype}", loc="left")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis, ticks in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 1.2, 1.5, 2, 3, 5, 7))):
+            axis.set_major_locator(LogLocator(subs=ticks))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axis.set_minor_locator(NullLocator())
     panels[-1].set_xlabel("video tokens of a row")
@@ -248,7 +248,12 @@ def _bars(
             axes.axvline(batched.seconds / bound, color=INK, linewidth=1, linestyle="--")
             axes.set_title(f"{axes.get_title('left')}\ndashed: {BATCHED} / {bound:.2f}, sharing alone", loc="left")
     all_axes[-1].set_xlabel(unit)
-    return _captioned(figure, [row for panel in panels for row in panel.rows])
+    note = "Bars of more than one run: compare by the ratios, each within a run." if any(map(_is_mixed, panels)) else ""
+    return _captioned(figure, [row for panel in panels for row in panel.rows], note)
+
+
+def _is_mixed(panel: _Panel) -> bool:
+    return len({row.run for row in panel.everything}) > 1
 
 
 def _draw_bars(axes: Axes, panel: _Panel, quartiles: Callable[[StepRow], Quartiles | None]) -> None:
