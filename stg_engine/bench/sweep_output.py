@@ -23,10 +23,11 @@ COST = (
 )
 UNJUDGED = "Only clips say which layer is best: a larger delta is a stronger push, not a better one."
 JUDGED = (
-    "all: share of clips in which the whole caption holds. overlap, edge, stray: the first row's own values, below it "
-    "the change on the same captions and noise, ± one standard error: changes below two are noise. best: the largest "
-    "gain of edge among layers that make nothing else worse by more than noise; as good: not told from it. The model "
-    "is a toy: its best layer says nothing about another model's."
+    "all: share of clips in which the whole caption holds. overlap: with the ideal shape, 0 to 1; edge: change of "
+    "coverage per pixel across the outline, more is sharper; stray: coloured pixels per frame outside the shapes. The "
+    "first row's own values, below it the change on the same captions and noise, ± one standard error: changes below "
+    "two are noise. best: the largest gain of edge among layers that make nothing else worse by more than noise; as "
+    "good: not told from it. The model is a toy: its best layer says nothing about another model's."
 )
 
 

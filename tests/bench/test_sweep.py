@@ -1,6 +1,7 @@
 """`stg-engine sweep`: what its rows hold, on the shipped model and on tiny ones, and what it refuses."""
 
 import math
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -343,3 +344,8 @@ def test_layers():
     assert parse_layers("all", 3) == [0, 1, 2]
     assert parse_layers("2,0-1,1", 3) == [0, 1, 2]
     assert parse_layers("2", 3) == [2]
+
+
+@pytest.mark.parametrize("name", ["all", "overlap", "edge", "stray"])
+def test_every_column_of_judged_clips_is_explained(name):
+    assert re.search(rf"\b{name}: \w+", sweep_output.JUDGED)
