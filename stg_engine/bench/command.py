@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on cpu, else bfloat16)"
     )
-    group = parser.add_argument_group("files (written case by case, each as a whole)")
+    group = parser.add_argument_group(
+        "files (rows are written case by case, each file as a whole; the plot at the end)"
+    )
     group.add_argument("--json", metavar="FILE", help="the rows of this run; a file that is there is replaced")
     group.add_argument("--csv", metavar="FILE", help="the rows, behind those that are there")
     group.add_argument("--plot", metavar="FILE", help=f"a waterfall of this run: {', '.join(PLOTS)}; needs matplotlib")
@@ -160,6 +162,9 @@ class _Files:
         self.is_drawn = False
         self.run = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
         self.json, self.csv, self.plot = (_file(request, name) for name in ("json", "csv", "plot"))
+        paths = [path.resolve() for path in (self.json, self.csv, self.plot) if path is not None]
+        if len(set(paths)) < len(paths):
+            raise ValueError("json, csv, plot: must be different files; one would replace the other")
         if os.environ.get("STG_ATTENTION"):
             raise ValueError(f"STG_ATTENTION={os.environ['STG_ATTENTION']} pins an attention backend; unset it")
         if self.csv is not None:
@@ -193,11 +198,12 @@ class _Files:
     def written(self) -> str:
         """In words."""
         cases = dict.fromkeys(row.case for row in self.rows)
-        where = " and ".join(str(path) for path in (self.csv, self.json) if path is not None)
-        files = "; ".join(filter(None, (where, str(self.plot) if self.is_drawn else "")))
-        if not cases or not files:
+        paths = [path for path in (self.csv, self.json) if path is not None]
+        if self.plot is not None and self.is_drawn:
+            paths.append(self.plot)
+        if not cases or not paths:
             return f"{len(self.rows)} rows measured, nothing was written"
-        return f"{len(self.rows)} rows of {', '.join(cases)} are in {files}"
+        return f"{len(self.rows)} rows of {', '.join(cases)} are in {' and '.join(map(str, paths))}"
 
 
 def _file(request: BenchRequest, name: str) -> Path | None:

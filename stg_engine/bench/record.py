@@ -130,7 +130,7 @@ def from_json(path: Path, kind: type[R]) -> list[R]:
     try:
         lines = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read as what --json writes: {error}") from None
     if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
         raise ValueError(f"{path} is not allowed; it must hold a list of objects, as --json writes")
     for line in lines:
@@ -222,5 +222,13 @@ def _types(kind: type[Any]) -> dict[str, str]:
 def _check_names(path: Path, kind: type[Any], names: Iterable[str]) -> None:
     expected = set(_types(kind))
     if expected != set(names):
-        missing, further = sorted(expected - set(names)), sorted(set(names) - expected)
-        raise ValueError(f"{path} holds no {kind.__name__}s: missing fields {missing}, unknown fields {further}")
+        lacking = [name for name in _types(kind) if name not in names]
+        missing, further = _some(lacking), _some(sorted(set(names) - expected))
+        raise ValueError(
+            f"{path} holds no {kind.__name__}s of this version: missing fields: {missing}; unknown fields: {further}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name[:40]) for name in names[:3]) or "none"
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -277,7 +278,8 @@ def _surroundings(variants: Sequence[Variant]) -> Iterator[None]:
 
     name, before = "STG_ATTENTION_CACHE", os.environ.get("STG_ATTENTION_CACHE")
     compiles = any(variant.name in SLOW_TO_START or not variant.is_exact for variant in variants)
-    with TemporaryDirectory() as folder, ExitStack() as stack:
+    with TemporaryDirectory() as folder, warnings.catch_warnings(), ExitStack() as stack:
+        warnings.filterwarnings("ignore", "In CPU autocast, but the target dtype is not supported")  # Mochi's RoPE
         os.environ[name] = f"{folder}/attention.json"
         stack.callback(choices.forget)
         stack.callback(os.environ.update, {} if before is None else {name: before})

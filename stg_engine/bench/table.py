@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 from stg_engine.bench.cost import TOLERANCE, Ceilings, disagreement
 from stg_engine.bench.record import StepRow
 from stg_engine.bench.variants import BATCHED, SHARED, UNSHARED, VARIANTS
 
+WIDTH = 120
 HEADS = (
     "variant",
     "ms (quartiles)",
@@ -16,13 +18,11 @@ HEADS = (
     "bound",
     "efficiency",
     "of ideal",
-    "first call",
-    "memory",
-    "launches",
-    "error / budget",
-    "c - p / budget",
 )
+FURTHER_HEADS = ("variant", "first call", "memory", "launches", "error / budget", "c - p / budget")
 LOSSY_HEADS = ("lossy variant", "ms (quartiles)", f"x {BATCHED}", "of ideal", "memory", "error", "error of c - p")
+FEWEST = 4
+"""Samples that have quartiles of their own."""
 BEFORE = {
     "sequential-passes": BATCHED,
     "best-attention": BATCHED,
@@ -38,10 +38,15 @@ BEFORE = {
     "engine-serial": "engine",
 }
 """The variant that has one technique less."""
-LEGEND = f"""x: how many times faster; x over: than the variant with one technique less. bound: block-rows of {UNSHARED}
-over these, what sharing alone can give; efficiency: what was gained over {UNSHARED}, of that. of ideal: the cost
-model's time over the measured one. error: |x - exact| / |exact|, exact being the same weights in twice the precision;
-budget: twice that of plain passes."""
+LEGEND = fill(
+    f"x: how many times faster; x over: than the variant with one technique less. bound: block-rows of {UNSHARED} over "
+    f"these, what sharing alone can give; efficiency: what was gained over {UNSHARED}, of that. of ideal: the cost "
+    "model's time over the measured one. first call: with compilation, capture and tuning. error: |y - exact| / "
+    "|exact| of the guided prediction y, exact being the same weights in twice the precision; c - p: the same of what "
+    "STG adds; budget: twice that of plain passes.",
+    WIDTH,
+    break_on_hyphens=False,
+)
 
 
 def case_table(rows: Sequence[StepRow], without: Mapping[str, str]) -> str:
@@ -50,16 +55,15 @@ def case_table(rows: Sequence[StepRow], without: Mapping[str, str]) -> str:
     exact = [row for row in rows if row.is_exact]
     lines = [_head(rows[0]), ""] if rows else []
     if exact:
-        lines += _columns([HEADS, *(_exact_cells(row, by_name) for row in exact)])
+        lines += _columns(_known([HEADS, *(_exact_cells(row, by_name) for row in exact)]))
+        lines += ["", *_columns(_known([FURTHER_HEADS, *(_further_cells(row) for row in exact)]))]
     lossy = [_lossy_cells(row, by_name) for row in rows if not row.is_exact]
     lines += ["", *_columns([LOSSY_HEADS, *lossy])] if lossy else []
     lines += ["", *(f"- {name}: {reason}" for name, reason in without.items())] if without else []
     apart = [f"{row.variant} {row.seconds / row.ideal_seconds:.2f}x" for row in rows if is_apart(row)]
     if apart:
-        lines += [
-            "",
-            f"More than {TOLERANCE:.0%} from the cost model, which counts no launches: {', '.join(apart)} its time.",
-        ]
+        text = f"More than {TOLERANCE:.0%} from the cost model, which counts no launches: {', '.join(apart)} its time."
+        lines += ["", fill(text, WIDTH, break_on_hyphens=False)]
     return "\n".join(lines)
 
 
@@ -97,6 +101,8 @@ def ratio(new: StepRow, old: StepRow) -> tuple[float, float, float]:
 def _compared(new: StepRow, old: StepRow) -> tuple[str, ...]:
     middle, low, high = ratio(new, old)
     verdict = "faster" if high < 1 else "slower" if low > 1 else "within the spread"
+    if min(new.samples, old.samples) < FEWEST:
+        verdict = f"fewer than {FEWEST} samples: no verdict"
     return new.case, new.variant, f"{middle:.3f}", f"{low:.3f} to {high:.3f}", verdict
 
 
@@ -123,6 +129,12 @@ def _exact_cells(row: StepRow, by_name: Mapping[str, StepRow]) -> tuple[str, ...
         f"{row.bound:.3f}" if has_plan else "-",
         "-" if efficiency is None else f"{efficiency:.3f}",
         f"{row.ideal_seconds / row.seconds:.2f}",
+    )
+
+
+def _further_cells(row: StepRow) -> tuple[str, ...]:
+    return (
+        row.variant,
         f"{row.cold_seconds:.2f} s",
         _mebibytes(row.peak_bytes),
         "-" if row.launches is None else str(row.launches),
@@ -164,6 +176,12 @@ def _mebibytes(value: int | None) -> str:
 
 def _of_budget(error: float, budget: float | None) -> str:
     return f"{error:.1e}" if budget is None else f"{error:.1e} / {budget:.1e}"
+
+
+def _known(table: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Without columns in which no row has a value, as memory and launches on a CPU."""
+    kept = [i for i in range(len(table[0])) if any(line[i] != "-" for line in table[1:])]
+    return [[line[i] for i in kept] for line in table]
 
 
 def _columns(table: Sequence[Sequence[str]]) -> list[str]:

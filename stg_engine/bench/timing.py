@@ -96,9 +96,9 @@ def seconds(function: Call, device: torch.device) -> float:
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
+    """Lower quartile, median, upper quartile; of two samples, both and their mean."""
     low, middle, high = quantiles(samples, n=4) if len(samples) > 1 else samples * 3
-    return low, middle, high
+    return max(low, min(samples)), middle, min(high, max(samples))
 
 
 def synchronize(device: torch.device) -> None:

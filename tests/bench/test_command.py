@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench.made_up import ladder_rows
 from bench.test_record import ROW
 from bench.tiny_case import install, tiny_case
 
 from stg_engine import cli, guidance
 from stg_engine.bench import command, record, table, timing, variants
+from stg_engine.bench import run as run_module
 from stg_engine.bench.record import StepRow
 
 FEW = "cfg,batched-passes,engine-unshared,engine-shared"
@@ -32,11 +34,9 @@ def test_table_files_and_comparison(case, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "tiny: LTX-Video of 4 blocks, 24 tokens, float32, median of 2" in out
     assert "ceilings: 100 GFLOP/s in GEMMs, 50 GFLOP/s in attention, 10 GB/s" in out
-    assert [line.split()[0] for line in out.splitlines() if line.startswith(("cfg ", "batched", "engine"))] == [
-        *FEW.split(","),
-        *FEW.split(","),
-    ]
-    assert f"8 rows of tiny, tinier are in {sheet} and {rows}; {plot}" in out
+    lines = [line for line in out.splitlines() if line.startswith(tuple(FEW.split(","))) and "  " in line]
+    assert [line.split()[0] for line in lines] == 4 * FEW.split(",")  # of each case: time, and what else is known
+    assert f"8 rows of tiny, tinier are in {sheet} and {rows} and {plot}" in out
     assert "progress" not in err
     assert plot.read_bytes().startswith(b"\x89PNG")
     written = record.from_json(rows, StepRow)
@@ -48,6 +48,13 @@ def test_table_files_and_comparison(case, tmp_path, capsys):
     assert len(record.read(sheet, StepRow)) == 9
     assert len({row.run for row in record.read(sheet, StepRow)}) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.json", "a.png"]
+
+
+def test_a_plot_alone_is_said_to_be_written(case, tmp_path, capsys):
+    plot = tmp_path / "a.png"
+    assert run("--case", "tiny", "--baselines", "batched-passes", "--plot", str(plot)) == 0
+    assert capsys.readouterr().out.endswith(f"1 rows of tiny are in {plot}\n")
+    assert plot.exists()
 
 
 def test_defaults_of_a_cpu(case, monkeypatch, capsys):
@@ -135,7 +142,8 @@ def test_a_case_without_memory_is_said_and_others_go_on(case, monkeypatch, capsy
         ("--dtype int8", ["--dtype", "bfloat16"]),
         ("--json no/such/a.json", ["json='no/such/a.json'", "folder that exists"]),
         ("--csv .", ["csv='.'", "folder that exists"]),
-        ("--csv {other}", ["holds no StepRows"]),
+        ("--csv {other}", ["holds no StepRows", "more; unknown fields: 'a', 'b'"]),
+        ("--json a.csv --csv a.csv", ["json, csv, plot: must be different files"]),
         ("--plot a.gif", ["plot='a.gif'", ".png"]),
         ("--compare nowhere.json", ["nowhere.json", "cannot be read"]),
         ("--compare nowhere.csv", ["nowhere.csv", "no such file"]),
@@ -194,8 +202,10 @@ def test_ratios_of_a_table():
     text = table.case_table(rows, {"engine-graph": "needs CUDA"})
     exact, lossy = text.split("lossy variant")
     assert cells(exact, "engine-shared")[1:] == [
-        *["240", "(228", "to", "252)", "1.250", "1.250", "engine-unshared", "1.250", "1.000", "0.50", "0.12", "s"],
-        *["0", "MiB", "3", "1.2e-01", "/", "1.2e-01", "1.2e-01", "/", "1.2e-01"],
+        *["240", "(228", "to", "252)", "1.250", "1.250", "engine-unshared", "1.250", "1.000", "0.50"],
+    ]
+    assert cells(exact.split("first call")[1], "engine-shared")[1:] == [
+        *["0.12", "s", "0", "MiB", "3", "1.2e-01", "/", "1.2e-01", "1.2e-01", "/", "1.2e-01"],
     ]
     assert cells(exact, "engine")[5:10] == ["1.500", "1.200", "engine-shared", "1.250", "1.200"]
     assert "2.5e-01 / 5.0e-01" in exact
@@ -206,9 +216,28 @@ def test_ratios_of_a_table():
     assert "More than 15% from the cost model, which counts no launches: engine-shared 2.00x its time." in text
 
 
+def test_a_table_fits_and_has_no_empty_columns():
+    rows = ladder_rows()
+    text = table.case_table(rows, {})
+    assert "first call  memory    launches  error / budget" in text
+    assert max(map(len, text.splitlines())) <= table.WIDTH
+    assert max(map(len, table.LEGEND.splitlines())) <= table.WIDTH
+    of_a_cpu = table.case_table([replace(row, peak_bytes=None, launches=None) for row in rows if row.is_exact], {})
+    heads = next(line for line in of_a_cpu.splitlines() if "first call" in line)
+    assert heads.split() == ["variant", "first", "call", "error", "/", "budget", "c", "-", "p", "/", "budget"]
+
+
+def test_a_comparison_of_too_few_samples_has_no_verdict():
+    few, enough = row("engine", 0.2, samples=3), row("engine", 0.1, samples=20)
+    assert table.comparison([enough], [few]).splitlines()[1].endswith("fewer than 4 samples: no verdict")
+    assert table.comparison([enough], [enough]).splitlines()[1].endswith("within the spread")
+
+
 def test_a_comparison_says_what_is_within_the_spread_and_what_differs():
     old = [row("engine", 0.2), row("cfg", 0.2), row("batched-passes", 1.0), row("only-old", 1.0)]
+    old = [replace(each, samples=20) for each in old]
     new = [row("engine", 0.1), row("cfg", 0.205), row("batched-passes", 2.0, device="other", dtype="bfloat16")]
+    new = [replace(each, samples=20) for each in new]
     lines = table.comparison(new, old).splitlines()
     assert [line.split()[-1] for line in lines[1:4]] == ["faster", "spread", "slower"]
     assert "0.500" in lines[1]
@@ -222,3 +251,9 @@ def test_names_are_separated_by_commas_and_the_environment_is_left_alone(case):
     assert command._names("a, b") == ("a", "b")
     assert run("--case", "tiny", "--baselines", "engine-kernels") == 0
     assert dict(os.environ) == before
+
+
+def test_the_autocast_of_mochi_is_no_warning_to_the_user(recwarn):
+    with run_module._surroundings([]), torch.autocast("cpu", torch.float32):
+        pass
+    assert not list(recwarn)

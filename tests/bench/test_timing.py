@@ -61,6 +61,7 @@ def test_a_cold_cache_is_made_outside_of_the_sample(monkeypatch):
 def test_seconds_are_those_of_the_call():
     assert 0.02 <= timing.seconds(lambda: time.sleep(0.02), CPU) < 0.2
     assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.quartiles([3.0, 1.0]) == (1.0, 2.0, 3.0)
     low, middle, high = timing.quartiles([1.0, 2.0, 3.0, 4.0])
     assert (low, middle, high) == (1.25, 2.5, 3.75)
 
