@@ -57,15 +57,15 @@ def _caption(rows: Sequence[StepRow]) -> str:
 
 def _cells(ladder: Ladder) -> list[str]:
     best, shown = ladder.best, ladder.newest
-    gain = None if best is None else ladder.ratio(BATCHED, best.variant)
+    engine = shown.get(ENGINE)
     return [
         f"{ladder.rows[-1].title} (`{ladder.rows[-1].case}`)",
         *(_milliseconds(shown.get(name)) for name in (BATCHED, COMPILED, UNSHARED, SHARED, ENGINE)),
         "-" if best is None else f"`{best.variant}`, {_milliseconds(best)}",
-        _number(gain, "x"),
+        _number(ladder.ratio(BATCHED, ENGINE), "x"),
         _number(ladder.bound, "x"),
         _number(ladder.sharing_efficiency, digits=3),
-        _number(None if best is None else best.ideal_seconds / best.seconds),
+        _number(None if engine is None else engine.ideal_seconds / engine.seconds),
     ]
 
 
@@ -109,7 +109,8 @@ def _over_compiled_bound(ladder: Ladder) -> float | None:
 
 
 def _over_ideal(ladder: Ladder) -> float | None:
-    return None if ladder.best is None else ladder.best.seconds / ladder.best.ideal_seconds
+    engine = ladder.newest.get(ENGINE)
+    return None if engine is None else engine.seconds / engine.ideal_seconds
 
 
 GOALS = (

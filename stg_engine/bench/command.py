@@ -102,8 +102,10 @@ def bench(request: BenchRequest) -> None:
         for case in chosen:
             try:
                 measured = _measure(case, ways, device, dtype, files.run, repeats, request.cold_l2)
-            except torch.OutOfMemoryError:
-                red.append(f"{case}: no memory for its weights and exact step")
+            except Exception as error:  # the other cases go on
+                is_memory = isinstance(error, torch.OutOfMemoryError)
+                reason = "no memory for its weights and exact step" if is_memory else f"{type(error).__name__}: {error}"
+                red.append(f"{case}: {reason}")
                 print(f"{red[-1]}\n", flush=True)
                 continue
             print(f"{table.case_table(measured.rows, measured.without) or case}\n", flush=True)

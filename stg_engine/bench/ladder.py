@@ -10,6 +10,7 @@ from stg_engine.bench.record import StepRow
 
 CFG, BATCHED, COMPILED = "cfg", "batched-passes", "compiled-passes"
 UNSHARED, SHARED, ENGINE, GRAPH = "engine-unshared", "engine-shared", "engine", "engine-graph"
+GRAPHS = (GRAPH, "engine-compiled-graph")
 BASELINES = (CFG, BATCHED, "sequential-passes", "best-attention", COMPILED, "max-autotune-passes")
 ORDER = (
     *BASELINES,
@@ -28,7 +29,7 @@ ORDER = (
 
 @dataclass(frozen=True)
 class Ladder:
-    """All rows of one case, dtype, device and number of threads, oldest first."""
+    """All rows of one case, dtype, device, number of threads and state of the cache, oldest first."""
 
     rows: tuple[StepRow, ...]
 
@@ -80,9 +81,12 @@ class Ladder:
 
     @property
     def gain_over_compiled(self) -> float | None:
-        """The best exact engine variant against the faster form of compiled passes, each measured beside it."""
+        """The best exact engine variant against the faster form of compiled passes, each measured beside it.
+
+        Without CUDA graphs, which compiled passes do not have either.
+        """
         compiled = [name for name in (COMPILED, "max-autotune-passes") if name in self.newest]
-        engines = [name for name, row in self.newest.items() if row.is_exact and name not in BASELINES]
+        engines = [name for name, row in self.newest.items() if row.is_exact and name not in (*BASELINES, *GRAPHS)]
         gains = [[self.ratio(slow, fast) for slow in compiled] for fast in engines]
         measured = [min(g for g in gain if g is not None) for gain in gains if gain and None not in gain]
         return max(measured, default=None)
@@ -90,7 +94,7 @@ class Ladder:
 
 def ladders(rows: Sequence[StepRow]) -> list[Ladder]:
     """By the order in which cases first appear."""
-    groups: dict[tuple[str, str, str, int], list[StepRow]] = {}
+    groups: dict[tuple[str, str, str, int, bool], list[StepRow]] = {}
     for row in rows:
-        groups.setdefault((row.device, row.dtype, row.case, row.threads), []).append(row)
+        groups.setdefault((row.device, row.dtype, row.case, row.threads, row.cold_l2), []).append(row)
     return [Ladder(tuple(group)) for group in groups.values()]

@@ -248,12 +248,7 @@ def _bars(
             axes.axvline(batched.seconds / bound, color=INK, linewidth=1, linestyle="--")
             axes.set_title(f"{axes.get_title('left')}\ndashed: {BATCHED} / {bound:.2f}, sharing alone", loc="left")
     all_axes[-1].set_xlabel(unit)
-    note = "Bars of more than one run: compare by the ratios, each within a run." if any(map(_is_mixed, panels)) else ""
-    return _captioned(figure, [row for panel in panels for row in panel.rows], note)
-
-
-def _is_mixed(panel: _Panel) -> bool:
-    return len({row.run for row in panel.everything}) > 1
+    return _captioned(figure, [row for panel in panels for row in panel.rows])
 
 
 def _draw_bars(axes: Axes, panel: _Panel, quartiles: Callable[[StepRow], Quartiles | None]) -> None:

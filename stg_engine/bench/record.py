@@ -32,7 +32,7 @@ class StepRow:
 
     run        one invocation: all rows of a `run` were measured in turns in one process
     case, kind, title, tokens   see `Case`; `variant`, `is_exact` see `Variant`
-    seconds    median of `samples`, `low` and `high` the quartiles
+    seconds    median of `samples`, `low` and `high` the quartiles; `cold_l2`: the cache was overwritten before each
     block_rows computed per video; `bound` = block-rows of the engine with sharing off / these
     error      |guided - exact| / |exact|, L2; `exact`: the same weights in twice the precision (float32 of bfloat16,
                float64 of float32); `delta_error` that of c - p. Budgets: twice those of three plain passes in this
@@ -58,6 +58,7 @@ class StepRow:
     low: float
     high: float
     samples: int
+    cold_l2: bool
     block_rows: int
     bound: float
     error: float

@@ -82,7 +82,12 @@ def measure(
                 trials.append(trial)
         timed = {"warmup_seconds": warmup_seconds, "cold_l2": cold_l2}
         samples = _samples(trials, result, device, repeats, lambda name: progress(f"{case}: samples"), **timed)
-        machine = {"run": run, "dtype": str(dtype).removeprefix("torch."), **record.environment(device)}
+        machine = {
+            "run": run,
+            "dtype": str(dtype).removeprefix("torch."),
+            "cold_l2": cold_l2,
+            **record.environment(device),
+        }
         for trial in trials:
             if trial.variant.name in samples and _survives(trial, trial.finish, result):
                 result.rows.append(model.row(trial, samples[trial.variant.name], machine))

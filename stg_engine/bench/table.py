@@ -20,7 +20,9 @@ HEADS = (
     "of ideal",
 )
 FURTHER_HEADS = ("variant", "first call", "memory", "launches", "error / budget", "c - p / budget")
-LOSSY_HEADS = ("lossy variant", "ms (quartiles)", f"x {BATCHED}", "of ideal", "memory", "error", "error of c - p")
+LOSSY_HEADS = ("lossy variant", "ms (quartiles)", f"x {BATCHED}", "memory", "error", "error of c - p")
+ALIKE = ("device", "threads", "dtype", "tokens", "cold_l2")
+"""What rows must have in common to be called faster or slower."""
 FEWEST = 4
 """Samples that have quartiles of their own."""
 BEFORE = {
@@ -57,6 +59,14 @@ def case_table(rows: Sequence[StepRow], without: Mapping[str, str]) -> str:
     if exact:
         lines += _columns(_known([HEADS, *(_exact_cells(row, by_name) for row in exact)]))
         lines += ["", *_columns(_known([FURTHER_HEADS, *(_further_cells(row) for row in exact)]))]
+    ran: dict[str, list[str]] = {}
+    for row in rows:
+        ran.setdefault(f"{row.kernels}; attention: {row.attention}", []).append(row.variant)
+    lines += (
+        ["", *(fill(f"{', '.join(n)}: {what}", WIDTH, break_on_hyphens=False) for what, n in ran.items())]
+        if ran
+        else []
+    )
     lossy = [_lossy_cells(row, by_name) for row in rows if not row.is_exact]
     lines += ["", *_columns([LOSSY_HEADS, *lossy])] if lossy else []
     lines += ["", *(f"- {name}: {reason}" for name, reason in without.items())] if without else []
@@ -80,14 +90,14 @@ def variants_table() -> str:
 def comparison(new: Sequence[StepRow], old: Sequence[StepRow]) -> str:
     """Per case and variant in both: new seconds over old ones, what the quartiles make of that, and a verdict.
 
-    The last old row counts. Rows of another machine or dtype are compared all the same, and said to be such.
+    The last old row counts. Rows of another machine or dtype have a ratio and no verdict.
     """
     before = {(row.case, row.variant): row for row in old}
     pairs = [(row, before[row.case, row.variant]) for row in new if (row.case, row.variant) in before]
     if not pairs:
         return "No case and variant is in both."
     lines = _columns([("case", "variant", "new / old", "spread", ""), *(_compared(*pair) for pair in pairs)])
-    for field in ("device", "threads", "dtype", "torch", "driver", "tokens"):
+    for field in (*ALIKE, "torch", "driver"):
         changes = dict.fromkeys((getattr(b, field), getattr(a, field)) for a, b in pairs)
         lines += [f"{field} differs: {was} was, {now} is" for was, now in changes if was != now]
     return "\n".join(lines)
@@ -103,6 +113,8 @@ def _compared(new: StepRow, old: StepRow) -> tuple[str, ...]:
     verdict = "faster" if high < 1 else "slower" if low > 1 else "within the spread"
     if min(new.samples, old.samples) < FEWEST:
         verdict = f"fewer than {FEWEST} samples: no verdict"
+    if any(getattr(new, field) != getattr(old, field) for field in ALIKE):
+        verdict = "not alike: no verdict"
     return new.case, new.variant, f"{middle:.3f}", f"{low:.3f} to {high:.3f}", verdict
 
 
@@ -148,7 +160,6 @@ def _lossy_cells(row: StepRow, by_name: Mapping[str, StepRow]) -> tuple[str, ...
         row.variant,
         _milliseconds(row),
         _faster(by_name.get(BATCHED), row),
-        f"{row.ideal_seconds / row.seconds:.2f}",
         _mebibytes(row.peak_bytes),
         f"{row.error:.1e}",
         f"{row.delta_error:.1e}",

@@ -39,6 +39,7 @@ def step_row(variant: str, **changes) -> StepRow:
         "low": seconds * 0.99,
         "high": seconds * 1.02,
         "samples": 20,
+        "cold_l2": False,
         "block_rows": block_rows,
         "bound": 83 / block_rows,
         "error": 0.002,

@@ -115,12 +115,6 @@ def test_caption_says_where_and_when(tmp_path):
     assert all(text in caption for text in ("Made-up GPU", "bfloat16", "abc1234, def5678", "2026-01-01", "quartiles"))
 
 
-def test_caption_says_that_bars_are_of_several_runs():
-    mixed = plots.waterfall([*ROWS, step_row("engine", run="two")])
-    assert "Bars of more than one run" in mixed.get_supxlabel()
-    assert "more than one run" not in plots.waterfall(ROWS).get_supxlabel()
-
-
 def test_over_tokens_has_numbers_where_all_are_near_the_ideal():
     rows = [
         step_row(name, seconds=times, ideal_seconds=1.0) for name, times in (("engine", 1.6), ("engine-shared", 1.3))
