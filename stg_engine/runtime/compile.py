@@ -123,7 +123,8 @@ def _alike(value: Any) -> Any:
         return value
     value = value.contiguous().view(-1).view(value.shape).detach()
     if value.storage_offset():  # guarded whether it is 0
-        value = torch.from_dlpack(value)
+        with torch.cuda.device_of(value):  # of another device it is refused
+            value = torch.from_dlpack(value)
     maybe_mark_dynamic(value, 0)
     return value
 

@@ -1,5 +1,7 @@
 """Blocks under torch.compile: the same predictions, one compilation per class, and nothing that changes is missed."""
 
+from contextlib import contextmanager
+
 import accelerate
 import pytest
 import stg_kernels
@@ -301,6 +303,25 @@ def test_arguments_come_in_one_layout_and_stay_as_they_were():
         assert same._base is None
     assert set(dir(whole)) == before
     assert torch.equal(regional._alike(whole[:1].expand(3, 1, 4)), whole[:1].repeat(3, 1, 1))
+
+
+def test_rows_of_a_device_that_is_not_the_current_one(monkeypatch):
+    """`__dlpack__` refuses them."""
+    current, rows = [], torch.randn(3, 4)[1:]
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.data_ptr())
+        yield
+        current.clear()
+
+    def from_dlpack(tensor):
+        assert current == [tensor.data_ptr()]
+        return torch.utils.dlpack.from_dlpack(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch, "from_dlpack", from_dlpack)
+    assert torch.equal(regional._alike(rows), rows)
 
 
 def test_what_all_rows_have_in_common_is_copied_once_per_step(monkeypatch):
