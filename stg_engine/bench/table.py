@@ -59,16 +59,13 @@ def case_table(rows: Sequence[StepRow], without: Mapping[str, str]) -> str:
     if exact:
         lines += _columns(_known([HEADS, *(_exact_cells(row, by_name) for row in exact)]))
         lines += ["", *_columns(_known([FURTHER_HEADS, *(_further_cells(row) for row in exact)]))]
+    lossy = [_lossy_cells(row, by_name) for row in rows if not row.is_exact]
+    lines += ["", *_columns([LOSSY_HEADS, *lossy])] if lossy else []
     ran: dict[str, list[str]] = {}
     for row in rows:
         ran.setdefault(f"{row.kernels}; attention: {row.attention}", []).append(row.variant)
-    lines += (
-        ["", *(fill(f"{', '.join(n)}: {what}", WIDTH, break_on_hyphens=False) for what, n in ran.items())]
-        if ran
-        else []
-    )
-    lossy = [_lossy_cells(row, by_name) for row in rows if not row.is_exact]
-    lines += ["", *_columns([LOSSY_HEADS, *lossy])] if lossy else []
+    what_ran = (fill(f"{', '.join(names)}: {what}", WIDTH, break_on_hyphens=False) for what, names in ran.items())
+    lines += ["", *what_ran] if rows else []
     lines += ["", *(f"- {name}: {reason}" for name, reason in without.items())] if without else []
     apart = [f"{row.variant} {row.seconds / row.ideal_seconds:.2f}x" for row in rows if is_apart(row)]
     if apart:

@@ -212,6 +212,7 @@ def test_ratios_of_a_table():
     assert cells(exact, "cfg")[5:9] == ["1.500", "-", "-", "-"]
     assert cells(lossy, "float8-engine")[5] == "3.000"
     assert "float8" not in exact
+    assert "float8-engine: a, " in lossy  # what ran
     assert "- engine-graph: needs CUDA" in text
     assert "More than 15% from the cost model, which counts no launches: engine-shared 2.00x its time." in text
 
@@ -239,7 +240,7 @@ def test_a_comparison_says_what_is_within_the_spread_and_what_differs():
     new = [row("engine", 0.1), row("cfg", 0.205), row("batched-passes", 2.0, device="other", dtype="bfloat16")]
     new = [replace(each, samples=20) for each in new]
     lines = table.comparison(new, old).splitlines()
-    assert [line.split()[-1] for line in lines[1:4]] == ["faster", "spread", "slower"]
+    assert [line.split()[-1] for line in lines[1:4]] == ["faster", "spread", "verdict"]
     assert "0.500" in lines[1]
     assert f"{0.95 / 1.05 / 2:.3f} to {1.05 / 0.95 / 2:.3f}" in lines[1]
     assert lines[4:] == [f"device differs: {ROW.device} was, other is", f"dtype differs: {ROW.dtype} was, bfloat16 is"]
