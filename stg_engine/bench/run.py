@@ -27,6 +27,8 @@ from stg_engine.plan import Plan
 
 COMPILATIONS = 64
 """Of one function, which Dynamo otherwise gives up after 8: variants, modes and row counts meet in one process."""
+CACHES = {"STG_ATTENTION_CACHE": "attention.json", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+"""What would make a first call warm. Triton's own is left: its kernels take seconds, not minutes."""
 Progress = Callable[[str], None]
 
 
@@ -278,17 +280,17 @@ def _gates(
 
 @contextmanager
 def _surroundings(variants: Sequence[Variant]) -> Iterator[None]:
-    """Attention is measured anew whatever the user's cache folder holds; compiled code and memory are given back."""
+    """Attention is measured and blocks are compiled anew, whatever cache folders hold; memory is given back."""
     from stg_kernels.attention.dispatch import choices
 
-    name, before = "STG_ATTENTION_CACHE", os.environ.get("STG_ATTENTION_CACHE")
     compiles = any(variant.name in SLOW_TO_START or not variant.is_exact for variant in variants)
     with TemporaryDirectory() as folder, warnings.catch_warnings(), ExitStack() as stack:
         warnings.filterwarnings("ignore", "In CPU autocast, but the target dtype is not supported")  # Mochi's RoPE
-        os.environ[name] = f"{folder}/attention.json"
         stack.callback(choices.forget)
-        stack.callback(os.environ.update, {} if before is None else {name: before})
-        stack.callback(os.environ.pop, name)
+        for name, path in CACHES.items():
+            stack.callback(os.environ.update, {name: os.environ[name]} if name in os.environ else {})
+            stack.callback(os.environ.pop, name)
+            os.environ[name] = f"{folder}/{path}"
         choices.forget()
         if compiles:
             stack.callback(torch.compiler.reset)

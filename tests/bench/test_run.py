@@ -301,8 +301,16 @@ def test_what_stands_open_is_closed_and_the_environment_as_before(case, monkeypa
     measure(case, ways=[way, *variants.find(["engine"])])
     assert closed == [True]
     assert variants.os.environ["STG_ATTENTION_CACHE"] == str(tmp_path / "kept.json")
+
     assert list(tmp_path.iterdir()) == []
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_compiled_code_of_other_runs_makes_no_first_call_warm(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with run._surroundings([]):
+        assert variants.os.environ["TORCHINDUCTOR_CACHE_DIR"] != str(tmp_path)
+    assert variants.os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
 
 
 def test_progress_and_samples(case):
