@@ -301,7 +301,6 @@ def test_what_stands_open_is_closed_and_the_environment_as_before(case, monkeypa
     measure(case, ways=[way, *variants.find(["engine"])])
     assert closed == [True]
     assert variants.os.environ["STG_ATTENTION_CACHE"] == str(tmp_path / "kept.json")
-
     assert list(tmp_path.iterdir()) == []
     assert torch.get_default_dtype() == torch.float32
 
